@@ -1,0 +1,254 @@
+"Policies and rollouts: the same actions however they are computed, and episodes that survive their simulator."
+import json
+import random
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from chat_models import CORPUS, FAMILIES, make_model, make_tokenizer
+
+from exprag.agent import Action, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, rollout
+from exprag.environment import ScienceWorldEnv, SimulatorError, scienceworld_tasks
+from exprag.store import VIEWS
+from exprag.trajectory import Step, Task, Trajectory
+
+WORDS = " ".join(CORPUS).split()
+FORMAT = PromptFormat(instruction="You act in a text world. Answer each observation with one action.", templates=())
+TASKS = [Task("echo", f"t{i % 3}", str(i), "test") for i in range(56)]
+CAPS = {"t0": 1, "t1": 2, "t2": 4}
+
+
+class Echo:
+    "A world that answers with words drawn from the task, the step and the action, so that a changed action changes all that follows."
+    world, world_version, settings = "echo", "1", {}
+    made, closed, deaths, shut = 0, 0, (), False
+
+    def __init__(self): type(self).made += 1
+
+    def reset(self, task, cap=None):
+        self.task, self.steps = task, 0
+        self.goal = self.words(task, 12)
+        return self.words(f"{task} first", 20), self.info()
+
+    def step(self, action):
+        self.steps += 1
+        if (str(self.task), self.steps) in self.deaths:
+            type(self).deaths = tuple(d for d in self.deaths if d != (str(self.task), self.steps))
+            raise SimulatorError("the simulator died; reset(task) starts a new one")
+        return self.words(f"{self.task} {self.steps} {action}", len(action) % 30 + 1), 1.0, False, False, self.info()
+
+    def words(self, seed, n): return " ".join(random.Random(str(seed)).choices(WORDS, k=n))
+    def info(self): return {"goal": self.goal, "score": float(self.steps), "success": False, "steps": self.steps, "task": self.task}
+    def close(self):
+        type(self).closed += not self.shut
+        self.shut = True
+
+
+@pytest.fixture(autouse=True)
+def fresh_echo(): Echo.made = Echo.closed = 0; Echo.deaths = ()
+
+
+MODELS = {}
+
+
+def policy_of(family="qwen", format=FORMAT, **settings):
+    if family not in MODELS:
+        tokenizer = make_tokenizer(family)
+        MODELS[family] = make_model(family, len(tokenizer)), tokenizer
+    return HFPolicy(*MODELS[family], format, **({"max_new_tokens": 6} | settings))
+
+
+class Recall:
+    "A memory that recalls one finished episode of another task."
+    class Selection:
+        def __init__(self, *experiences): self.experiences = experiences
+    def recall(self, trajectory):
+        return self.Selection(Trajectory(Task("echo", "t9", "0", "train"), trajectory.goal[::-1], "look", (Step("wait", "ok"),)).finish(100.0, True))
+    def describe(self): return {"kind": "test"}
+
+
+def play(policy, tasks, memory=None, **settings):
+    done = list(rollout(policy, Echo, tasks, memory, **({"caps": CAPS} | settings)))
+    assert sorted(t.task for t in done) == sorted(tasks)
+    return {t.task: t for t in done}
+
+
+def test_same_actions_cached_uncached_alone_and_in_a_batch():
+    runs = {name: play(policy_of(**settings), TASKS, Recall()) for name, settings in
+            {"batch": {}, "alone": {"batch_size": 1}, "uncached": {"batch_size": 1, "cache": False}}.items()}
+    actions = {name: [run[task].actions for task in TASKS] for name, run in runs.items()}
+    assert len(TASKS) >= 50 and actions["batch"] == actions["alone"] == actions["uncached"]
+    assert len({a for episode in actions["batch"] for a in episode}) > 50, "the actions are not all the same"
+    cost = {name: {k: sum(t.provenance["tokens"][k] for t in run.values()) / len(TASKS) for k in ("prompt", "computed", "generated")} for name, run in runs.items()}
+    assert cost["batch"] == cost["alone"] and cost["batch"]["prompt"] == cost["uncached"]["prompt"]
+    assert cost["batch"]["computed"] < 0.7 * cost["uncached"]["computed"]
+    assert cost["uncached"]["computed"] >= cost["uncached"]["prompt"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_in_a_batch_of_three(family):
+    a, b = play(policy_of(family, batch_size=3), TASKS[:7]), play(policy_of(family, batch_size=1, cache=False), TASKS[:7])
+    assert {t: x.actions for t, x in a.items()} == {t: x.actions for t, x in b.items()}
+
+
+def test_close_calls_are_settled_alone():
+    policy = policy_of(close_call=1.0)  # every choice is a close call: all answers are the model's own, from nothing
+    assert {t: x.actions for t, x in play(policy, TASKS[:6]).items()} == {t: x.actions for t, x in play(policy_of(), TASKS[:6]).items()}
+    assert policy.writer.close_calls > 0
+
+
+def test_constrained_actions_fit_the_templates():
+    templates = ("open OBJ", "move OBJ to OBJ", "look around")
+    format = PromptFormat(instruction="Act.", templates=templates)
+    runs = [play(policy_of(format=format, constrain="templates", max_new_tokens=16, batch_size=n), TASKS[:8]) for n in (4, 1)]
+    assert {t: x.actions for t, x in runs[0].items()} == {t: x.actions for t, x in runs[1].items()}
+    actions = [(a, t.provenance["tokens"]) for t in runs[0].values() for a in t.actions]
+    assert all(a.startswith(("open ", "move ", "look around")) for a, _ in actions) and any(a == "look around" for a, _ in actions)
+    with pytest.raises(PolicyError, match="there are None .* and 'templates'"): policy_of(constrain="grammar")
+
+
+def test_answers_are_one_line_and_counted():
+    policy = policy_of()
+    action, = policy.act([Trajectory(TASKS[0], "open door", "You see a door.")])
+    assert isinstance(action, Action) and "\n" not in action.text and action.text == action.text.strip()
+    assert action.stop in ("end", "newline", "length") and 1 <= action.tokens_out <= 6
+    assert action.tokens_in <= action.tokens_computed <= action.tokens_in + action.tokens_out
+
+
+def test_more_episodes_than_rows_take_turns():
+    policy = policy_of(batch_size=2)
+    episodes = [Trajectory(t, f"goal {t.variation}", "look") for t in TASKS[:5]]
+    first = policy.act(episodes)
+    alone = [policy_of(batch_size=1).act([e])[0].text for e in episodes]
+    assert [a.text for a in first] == alone == [a.text for a in policy.act(episodes)]
+    twins = policy.act([episodes[0]] * 2)
+    assert twins[0].text == twins[1].text == alone[0]
+    with pytest.raises(PolicyError, match="one of each"): policy.act(episodes, keys=[1, 2, 3, 4, 4])
+
+
+def test_an_episode_too_long_ends_and_the_others_go_on():
+    policy = policy_of(max_context=150)
+    long, short = Task("echo", "t2", "0", "test"), Task("echo", "t0", "0", "test")
+    class Wordy(Echo):
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return observation + (" door" * 300 if self.task == long else ""), *rest
+    done = {t.task: t for t in rollout(policy, Wordy, [long, short], caps={"t2": 5, "t0": 1})}
+    assert done[long].provenance["stop"] == "context" and len(done[long]) == 1 and done[long].success is False
+    assert done[short].provenance["stop"] == "cap" and len(done[short]) == 1
+
+
+def test_provenance_says_what_it_took():
+    done = play(policy_of(), TASKS[:2], Recall())[TASKS[0]]
+    p = done.provenance
+    assert p["actor"] == "tiny-qwen" and p["memory"] == {"kind": "test"} and len(p["retrieved"]) == 1 and p["stop"] == "cap"
+    assert p["policy"] == policy_of().describe() and p["seconds"] >= 0 and p["tokens"]["generated"] > 0 and p["restarts"] == 0
+    assert done.score == len(done) == CAPS["t0"] and done.success is False and done.steps[0].reward == 1.0
+    json.dumps(done.to_dict())
+
+
+def test_weights_tell_policies_apart():
+    tokenizer = make_tokenizer("qwen")
+    one, two = (HFPolicy(make_model("qwen", len(tokenizer), seed=s), tokenizer, FORMAT).describe()["weights"] for s in (0, 1))
+    assert one != two == HFPolicy(make_model("qwen", len(tokenizer), seed=1), tokenizer, FORMAT).describe()["weights"]
+
+
+def test_worlds_are_shared_out_and_closed():
+    play(policy_of(batch_size=3), TASKS[:7])
+    assert Echo.made == Echo.closed == 3
+    running = rollout(policy_of(batch_size=3), Echo, TASKS[:7], caps=CAPS)
+    next(running)
+    running.close()
+    assert Echo.made == Echo.closed == 6
+
+
+def test_a_dead_world_is_replaced_and_its_episode_run_again():
+    whole = play(policy_of(batch_size=3), TASKS[:6])
+    Echo.deaths = ((str(TASKS[1]), 2), (str(TASKS[2]), 3))  # the task and step at which the simulator dies
+    again = play(policy_of(batch_size=3), TASKS[:6])
+    assert {t: x.id for t, x in whole.items()} == {t: x.id for t, x in again.items()} and not Echo.deaths
+    assert [again[t].provenance["restarts"] for t in TASKS[:4]] == [0, 1, 1, 0]
+    Echo.deaths = ((str(TASKS[1]), 1),)
+    with pytest.raises(PolicyError, match="the simulator died 1 times"): play(policy_of(), TASKS[:3], restarts=0)
+    assert Echo.made == Echo.closed
+
+
+def test_patience():
+    class Deaf(Echo):
+        def step(self, action): return "Nothing happens.", *super().step(action)[1:]
+    class Stubborn:
+        name, batch_size = "stubborn", 2
+        def reset(self): pass
+        def describe(self): return {}
+        def act(self, trajectories, experiences, keys): return [Action("wait", 1, 1, 1, "end")] * len(trajectories)
+    done, = rollout(Stubborn(), Deaf, TASKS[2:3], caps={"t2": 5}, patience=3)
+    assert len(done) == 3 and done.provenance["stop"] == "patience"
+    done, = rollout(Stubborn(), Deaf, TASKS[2:3], caps={"t2": 5})
+    assert len(done) == 5 and done.provenance["stop"] == "cap"
+
+
+def test_models_from_disk(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    tokenizer = make_tokenizer("qwen")
+    model = make_model("qwen", len(tokenizer))
+    model.save_pretrained(tmp_path / "base"), tokenizer.save_pretrained(tmp_path / "base")
+    lora = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    lora.save_pretrained(tmp_path / "tuned")
+    plain = HFPolicy.from_pretrained(str(tmp_path / "base"), format=FORMAT, device="cpu")
+    tuned = HFPolicy.from_pretrained(str(tmp_path / "base"), tmp_path / "tuned", format=FORMAT, device="cpu", batch_size=2)
+    assert plain.name == "base" and tuned.name == "base+tuned" and plain.weights != tuned.weights and tuned.batch_size == 2
+    assert play(plain, TASKS[:3])
+    (tmp_path / "tuned" / "adapter_model.safetensors").rename(tmp_path / "tuned" / "adapter_model.bin")
+    with pytest.raises(PolicyError, match="no adapter_model.safetensors"): load_model(str(tmp_path / "base"), tmp_path / "tuned")
+    small = make_model("qwen", 10)
+    with pytest.raises(PolicyError, match="load both from the same place"): HFPolicy(small, tokenizer)
+
+
+def test_a_server():
+    asked = []
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, self.headers.get("Authorization"), json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            reply = {"choices": [{"message": {"content": " open door\nand more"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 9, "completion_tokens": 3}}
+            self.send_response(200), self.end_headers(), self.wfile.write(json.dumps(reply).encode())
+        def log_message(self, *_): pass
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    policy = OpenAIPolicy("some-model", f"http://127.0.0.1:{server.server_port}/v1/", FORMAT, key_variable="NOBODY_SETS_THIS")
+    done = play(policy, TASKS[:2], Recall())
+    server.shutdown(), server.server_close()
+    assert done[TASKS[0]].actions == ("open door",) * CAPS["t0"]
+    path, key, body = asked[0]
+    assert path == "/v1/chat/completions" and key is None and body["temperature"] == 0 and body["messages"][0]["role"] == "system"
+    with pytest.raises(PolicyError, match="is the server up"): policy.act([Trajectory(TASKS[0], "g", "o")])
+
+
+class Scripted:
+    "Plays a list of actions, step by step."
+    name, batch_size = "scripted", 2
+    def __init__(self, actions): self.actions = actions
+    def reset(self): pass
+    def describe(self): return {"name": "scripted"}
+    def act(self, trajectories, experiences, keys): return [Action(self.actions[len(t)], 1, 1, 1, "end") for t in trajectories]
+
+
+def test_scienceworld_with_a_simulator_that_is_killed():
+    task = scienceworld_tasks("test", ["find-living-thing"])[0]
+    worlds = []
+    class Mortal(ScienceWorldEnv):
+        def __init__(self): super().__init__(); worlds.append(self)
+        def step(self, action):
+            if len(worlds) == 1 and self.steps == 1: self._process.kill()
+            return super().step(action)
+    done, = rollout(Scripted(["look around", "inventory", "open door to hallway"]), Mortal, [task], caps={task.type: 3})
+    assert done.provenance["restarts"] == 1 and len(worlds) == 2 and done.provenance["stop"] == "cap"
+    assert done.actions == ("look around", "inventory", "open door to hallway") and done.world_version and done.settings["simplification"] == "easy"
+
+
+def test_scienceworld_with_a_model():
+    tokenizer = make_tokenizer("qwen")
+    policy = HFPolicy(make_model("qwen", len(tokenizer), max_position_embeddings=8192), tokenizer, max_new_tokens=6)
+    tasks = scienceworld_tasks("test", ["find-plant"])[:2]
+    done = list(rollout(policy, ScienceWorldEnv, tasks, caps={"find-plant": 3}, batch_size=1))  # one simulator plays both
+    assert [t.task for t in done] == list(tasks) and all(len(t) == 3 and t.goal.startswith("Your task") for t in done)
+    assert all(VIEWS["actions"](t) for t in done)

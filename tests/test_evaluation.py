@@ -1,0 +1,312 @@
+"""Conditions, controls, audit and runner, on the real ScienceWorld where a world is needed."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exprag.environment import HARD_TYPES, Panel, ScienceWorldEnv, panel, step_cap
+from exprag.evaluation import (CONDITION_ORDER, CONDITIONS, MOVES, Condition, OracleRetriever, RandomRetriever, ReplayPolicy, abstract, check_leaks, condition,
+                               edit_distances, evaluate, load_results, memory_for, oracle_paths, procedure_accuracy, results_table, run_config, spans,
+                               step_by_step, teacher_forced)
+from exprag.query import Retriever
+from exprag.results import read_episodes
+from exprag.select import NoMemory, same_task
+from exprag.store import Store
+from exprag.trajectory import Step, Task, Trajectory, read_jsonl
+
+SAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "data" / "sample.jsonl"
+
+
+@cache
+def sample() -> tuple[Trajectory, ...]:
+    "The book's expert episodes."
+    return tuple(read_jsonl(SAMPLE)[0])
+
+
+class WordEncoder:
+    "A real, if simple, encoder: counts of hashed words; keeps the tests of this chapter from loading torch."
+    name, dim, max_tokens = "words-64", 64, 10 ** 6
+
+    def encode(self, texts, role="document"):
+        import zlib
+        rows = np.zeros((len(texts), self.dim), "float32")
+        for row, text in zip(rows, texts):
+            for word in text.lower().split(): row[zlib.crc32(word.encode()) % self.dim] += 1
+        return rows / np.maximum(1e-9, np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.fixture
+def retriever(tmp_path):
+    with Store(tmp_path / "bank.db") as store:
+        store.add_many(sample())
+        yield Retriever(store, WordEncoder())
+
+
+def small_panel(tasks, name="small") -> Panel:
+    return Panel(name, tuple(tasks), {t.type: step_cap(t.type) for t in tasks}, {"simplification": "easy"})
+
+
+QUICK = ("chemistry-mix-paint-secondary-color", "power-component", "test-conductivity")
+
+
+def quick_panel(count=3):
+    return small_panel([t for t in panel("demo").tasks if t.type in QUICK][:count])
+
+
+# ---- conditions ----
+
+def test_the_five_conditions_and_three_controls():
+    assert tuple(CONDITIONS) == CONDITION_ORDER and all(name == c.name for name, c in CONDITIONS.items())
+    assert {c.memory for c in CONDITIONS.values()} == {"none", "retrieved", "random", "oracle"}
+    a, b = condition("ExpRAG-LoRA"), condition("random experience")
+    assert replace(a, name="x", memory="none") == replace(b, name="x", memory="none"), "random experience differs in the ranking alone"
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: condition("exprag-lora"), "unknown condition 'exprag-lora'.*ExpRAG-LoRA"),
+    (lambda: Condition("x", adapter="loro"), "did you mean 'lora'"),
+    (lambda: Condition("x", memory="retrieval"), "unknown memory"),
+    (lambda: Condition("x", policy="human"), "unknown policy"),
+    (lambda: Condition("x", k=0), "k is 0"),
+    (lambda: panel("hard"), "unknown panel 'hard'"),
+])
+def test_unknown_names_are_refused_with_the_valid_ones(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- abstraction and distance ----
+
+def test_every_expert_action_has_a_template():
+    "Digits answer the simulator's questions; all else is an action."
+    odd = {a for t in sample() for a in t.actions if "OBJ" not in abstract(a, "scienceworld") and not a.isdigit()}
+    assert odd <= {"look around", "inventory", "wait", "wait1", "task"}
+
+
+@pytest.mark.parametrize("action, template", [
+    ("open door to kitchen", "open OBJ"), ("pour jug into cup", "pour OBJ in OBJ"), ("pour jug in cup", "pour OBJ in OBJ"), ("dunk a in b", "dunk OBJ in OBJ"),
+    ("connect battery anode to black wire terminal 1", "connect OBJ to OBJ"), ("move seed to pot 3", "move OBJ to OBJ"), ("look in box", "look in OBJ"),
+    ("look at box", "look at OBJ"), ("look around", "look around"), ("use thermometer in inventory on pot", "use OBJ on OBJ"), ("wait1", "wait1"), ("dance", "dance"), ("", ""),
+])
+def test_abstraction(action, template):
+    assert abstract(action, "scienceworld") == template
+
+
+def by_the_book(a, b):
+    table = [[i + j if i * j == 0 else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+    for i in range(1, len(a) + 1):
+        for j in range(1, len(b) + 1):
+            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+    return table[-1][-1] / max(1, len(a), len(b))
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=7), st.lists(st.lists(st.sampled_from("abcd"), max_size=7), max_size=5))
+@settings(deadline=None, max_examples=150)
+def test_edit_distances_are_levenshteins(path, others):
+    assert edit_distances(path, others) == pytest.approx([by_the_book(path, o) for o in others])
+
+
+# ---- the control retrievers ----
+
+def test_random_experience_is_seeded_and_obeys(retriever):
+    store, task = retriever.store, panel("demo").tasks[0]
+    here, there = Trajectory(task, "g", "o"), Trajectory(panel("demo").tasks[1], "g", "o")
+    one, again = RandomRetriever(store, 1), RandomRetriever(store, 1)
+    ids = [h.id for h in one.search(here, 10)]
+    assert ids == [h.id for h in again.search(replace(here, goal="another text"), 10)] and [h.rank for h in one.search(here, 3)] == [1, 2, 3]
+    assert ids != [h.id for h in one.search(there, 10)] and ids != [h.id for h in RandomRetriever(store, 2).search(here, 10)]
+    allowed = set(ids[3:6])
+    assert [h.id for h in one.search(here, 10, allowed)] == ids[3:6], "the order of some does not depend on the others"
+    assert one.search(here, 10, set()) == [] and one.search(here, 10, {"not there"}) == []
+
+
+def test_random_experience_is_fair(retriever):
+    first = [RandomRetriever(retriever.store, seed).search(Trajectory(panel("demo").tasks[0], "g", "o"), 1)[0].id for seed in range(300)]
+    counts = np.array([first.count(id) for id in retriever.store.find()])
+    expected = 300 / len(counts)
+    assert counts.max() < expected + 6 * np.sqrt(expected) + 2
+
+
+def test_the_oracle_ranks_by_procedure(retriever):
+    mine = sample()[0]
+    task = replace(mine.task, fold="test")
+    oracle = OracleRetriever(retriever.store, {task: mine.actions})
+    hits = oracle.search(Trajectory(task, "nothing in common", "o"), 5)
+    assert hits[0].score == 0 and mine.id in [h.id for h in hits if h.score == 0] and [h.score for h in hits] == sorted([h.score for h in hits], reverse=True)
+    assert oracle.search(Trajectory(task, "g", "o"), 5, set()) == []
+    with pytest.raises(ValueError, match="oracle_paths"): oracle.search(Trajectory(panel("demo").tasks[0], "g", "o"), 5)
+    assert oracle.describe() != OracleRetriever(retriever.store, {task: mine.actions[1:]}).describe()
+
+
+@pytest.mark.parametrize("name", ["ExpRAG-LoRA", "random experience", "oracle experience", "replay"])
+def test_every_memory_obeys_the_same_rules(retriever, name):
+    "Same task excluded, successes only, matched side, at most k."
+    mine = next(t for t in sample() if t.task.type in HARD_TYPES)
+    memory = memory_for(condition(name), retriever, {mine.task: mine.actions})
+    found = memory.recall(replace(mine, steps=(), score=None, success=None)).experiences
+    assert len(found) == condition(name).k and not any(same_task(mine, e) for e in found)
+    assert all(e.success and e.task.type in HARD_TYPES and e.task.fold == "train" for e in found)
+
+
+def test_memories_that_cannot_be_made_are_refused(retriever):
+    assert isinstance(memory_for(condition("LoRA")), NoMemory)
+    with pytest.raises(ValueError, match="give a retriever"): memory_for(condition("ExpRAG-LoRA"))
+    with pytest.raises(ValueError, match="oracle_paths"): memory_for(condition("oracle experience"), retriever)
+    fingerprints = {memory_for(c, retriever, {panel("demo").tasks[0]: ()}).fingerprint for c in
+                    (condition("ExpRAG-LoRA"), condition("random experience"), condition("random experience", seed=1), condition("oracle experience"), condition("replay"))}
+    assert len(fingerprints) == 5
+
+
+# ---- replay ----
+
+def test_replay_puts_in_the_nouns_and_then_gives_up():
+    old = Trajectory(Task("scienceworld", "find-plant", "1", "train"), "Your task is to find the red apple in the kitchen.", "o",
+                     (Step("go to kitchen", "x"), Step("focus on red apple", "y")), score=100, success=True)
+    new = Trajectory(Task("scienceworld", "find-plant", "2", "test"), "Your task is to find the red lemon in the bathroom.", "o")
+    policy = ReplayPolicy()
+    actions = []
+    while (action := policy.act([new], [(old,)])[0]).text:
+        actions.append(action.text)
+        new = new.with_step(Step(action.text, "z"))
+    assert actions == ["go to bathroom", "focus on red lemon"] and action.stop == "context"
+    assert ReplayPolicy(substitute=False).act([replace(new, steps=())], [(old,)])[0].text == "go to kitchen"
+    assert [a.text for a in policy.act([new, new], [(), (old,)])] == ["", ""]
+
+
+# ---- the audit ----
+
+def test_a_leak_stops_a_run_before_it_begins(retriever, tmp_path):
+    from exprag.combined import LeakError
+    from exprag.sft import Manifest
+    where, trained = quick_panel(), condition("LoRA")
+    easy, hard = Task("scienceworld", "boil", "0", "train"), Task("scienceworld", "grow-plant", "0", "train")
+    with pytest.raises(LeakError, match="no adapter manifest"): check_leaks(trained, where, NoMemory())
+    check_leaks(trained, where, NoMemory(), [Manifest("adapter", "good", (easy,))])
+    for seen in (hard, where.tasks[0], replace(where.tasks[0], fold="train")):
+        with pytest.raises(LeakError): check_leaks(trained, where, NoMemory(), [Manifest("adapter", "bad", (easy, seen))])
+    with pytest.raises(LeakError): check_leaks(trained, where, NoMemory(), [Manifest("adapter", "made from bad", (easy,), parents=(Manifest("pretraining", "bad", (hard,)),))])
+    memory = memory_for(condition("replay"), retriever)
+    check_leaks(condition("replay"), where, memory)
+    retriever.store.add(replace(sample()[0], task=replace(where.tasks[0], fold="train"), goal="smuggled in"))
+    with pytest.raises(LeakError): evaluate(condition("replay"), where, tmp_path / "runs", ReplayPolicy(), memory, progress=False)
+    assert not (tmp_path / "runs").exists(), "nothing was run, and nothing written"
+
+
+@pytest.mark.parametrize("name, policy, message", [("LoRA", ReplayPolicy(), "acts by model"), ("replay", object(), "acts by replay"), ("replay", ReplayPolicy(), "remembers 'retrieved'")])
+def test_a_policy_or_memory_of_another_condition_is_refused(tmp_path, name, policy, message):
+    with pytest.raises(ValueError, match=message): evaluate(condition(name), quick_panel(), tmp_path, policy)
+
+
+def test_what_decides_the_episodes_names_the_directory(retriever):
+    from exprag.results import fingerprint
+    c, where, policy = condition("replay"), quick_panel(), ReplayPolicy()
+    memory = memory_for(c, retriever)
+    base = run_config(c, where, policy, memory, 1)
+    others = [run_config(replace(c, seed=1), where, policy, memory, 1), run_config(c, quick_panel(2), policy, memory, 1),
+              run_config(c, where, ReplayPolicy(substitute=False), memory, 1), run_config(c, where, policy, memory, 2),
+              run_config(c, replace(where, caps={t.type: 7 for t in where}), policy, memory, 1), run_config(c, where, policy, memory_for(replace(c, k=3), retriever), 1)]
+    assert len({fingerprint(x) for x in (base, *others)}) == 7 and fingerprint(base) == fingerprint(run_config(c, where, policy, memory, 1))
+
+
+# ---- the runner, on the real world ----
+
+RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_evaluation import *
+with Store({bank!r}) as store:
+    store.add_many(sample())
+    memory = memory_for(condition("replay"), Retriever(store, WordEncoder()))
+    run = evaluate(condition("replay"), quick_panel(), {out!r}, ReplayPolicy(), memory, progress=False)
+print("finished", len(run.episodes))
+"""
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same(tmp_path):
+    "kill -9 after the first acknowledged episode, and again at once; then to the end; then beside an undisturbed run."
+    def start(out):
+        code = RUN.format(tests=str(Path(__file__).parent), bank=str(tmp_path / "bank.db"), out=str(out))
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    def lines(out): return [line for path in out.glob("*/episodes.jsonl") for line in path.read_bytes().splitlines()]
+
+    out, process = tmp_path / "killed", start(tmp_path / "killed")
+    deadline = time.time() + 120
+    while not lines(out) and process.poll() is None and time.time() < deadline: time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = lines(out)
+    assert 1 <= len(kept) < 3, "killed in the middle"
+    path, = out.glob("*/episodes.jsonl")
+    path.write_bytes(path.read_bytes() + b'{"schema": 1, "torn')
+    assert "finished 3" in start(out).communicate(timeout=120)[0]
+    assert lines(out)[:len(kept)] == kept, "what was acknowledged was not run again"
+    assert "finished 3" in start(tmp_path / "whole").communicate(timeout=120)[0]
+    whole, = (tmp_path / "whole").glob("*/episodes.jsonl")
+    assert path.parent.name == whole.parent.name
+    a, b = ({t.task: (t.id, t.score) for t in read_episodes(p)} for p in (path, whole))
+    assert a == b
+    table = results_table(load_results(out), draws=200)
+    assert table.rows[0][0] == "replay" and table.rows[0][6] == "0"
+
+
+def test_oracle_paths_are_the_experts():
+    task = next(t for t in panel("demo").tasks if t.type == "identify-life-stages-2")
+    with ScienceWorldEnv() as env:
+        assert len(oracle_paths(env, [task])[task]) > 3
+
+
+# ---- procedure accuracy ----
+
+def test_moves_are_not_procedure():
+    assert [bool(MOVES.fullmatch(a)) for a in ("go to kitchen", "open door to hallway", "close door to x", "look around", "teleport to foundry")] == [True] * 5
+    assert not any(MOVES.fullmatch(a) for a in ("open cupboard", "look at box", "pick up door", "focus on red wire", "wait"))
+
+
+def test_spans():
+    assert spans([0, 1, 1, 0, 1]) == [(1, 3), (4, 5)] and spans([]) == [] and spans([1]) == [(0, 1)]
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+def test_one_pass_answers_as_generation_would(family):
+    "A model that has half learnt three episodes: the one-pass answer is what generation gives, step by step."
+    import torch
+    from chat_models import make_model, make_tokenizer
+    from exprag.agent import HFPolicy, PromptFormat
+    from exprag.samples import collate, make_samples, supervised_loss
+    tokenizer = make_tokenizer(family)
+    model = make_model(family, len(tokenizer), max_position_embeddings=4096)
+    words = ("open door to kitchen", "go to kitchen", "focus on metal pot", "look around")
+    made = [Trajectory(Task("scienceworld", kind, "1", "train"), f"Your task is to {kind} water.", "a kitchen",
+                       tuple(Step(words[(i + n) % 4], f"observation {n} {i}") for i in range(4))) for n, kind in enumerate(("boil", "melt", "freeze"))]
+    policy = HFPolicy(model, tokenizer, PromptFormat(templates=("open OBJ",)), batch_size=1, max_new_tokens=24, close_call=0.0)
+    data = collate(make_samples(made, policy.encoder))
+    labels, optimizer = data.pop("labels"), torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        supervised_loss(model(**data), labels).backward()
+        optimizer.step(), optimizer.zero_grad()
+        one_pass = teacher_forced(policy, made, [()] * 3, batch=2)
+        if sum(map(sum, one_pass)) >= 5: break
+    policy = HFPolicy(model, tokenizer, policy.format, batch_size=1, max_new_tokens=24, close_call=0.0)
+    assert 5 <= sum(map(sum, one_pass)) < 12, "half learnt"
+    assert one_pass == step_by_step(policy, made, [()] * 3) == teacher_forced(policy, made, [()] * 3, batch=1)
+
+
+def test_procedure_accuracy_tells_right_from_wrong_experience():
+    "Replay needs no weights: with the task's own episode it is always right, with another's hardly ever, with none never."
+    picked = [next(t for t in sample() if t.task.type == kind) for kind in sorted({t.task.type for t in sample()})[:4]]
+    own = {t.task: t for t in picked}
+    accuracy = procedure_accuracy(ReplayPolicy(), picked, lambda t: (own[t.task],))
+    assert accuracy.right == 1 and accuracy.none == 0 and accuracy.shuffled < 0.5
+    assert accuracy.actions == sum(not MOVES.fullmatch(a) for t in picked for a in t.actions)
+    with pytest.raises(ValueError, match="two task types"): procedure_accuracy(ReplayPolicy(), picked[:1], lambda t: ())

@@ -1,0 +1,250 @@
+"The record: values, identity, files, chat messages, ShareGPT."
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from exprag.trajectory import (
+    FrozenMap, SCHEMA_VERSION, Step, Task, Trajectory, TrajectoryError, from_messages, from_sharegpt, iter_jsonl,
+    normalise_score, read_jsonl, to_messages, to_sharegpt, write_jsonl)
+
+text = st.text(max_size=40) | st.sampled_from(
+    ["", "Thought: a\nAction: b", "Action: wait", "Action:\nwait", "a\n\nb", "\n\n", "\n", "Thought:", "\ud800", "\u2028", "\x85", "\r\n", "<|im_end|>"])
+word = st.text(st.characters(exclude_characters="/@", exclude_categories=("Cs",)), min_size=1, max_size=8)
+number = st.floats(-100, 100) | st.integers(-100, 100)
+value = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | text,
+                     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2), max_leaves=4)
+mapping = st.dictionaries(text, value, max_size=3)
+own_extra = st.dictionaries(st.sampled_from(["colour", "seconds", "loss_scale"]), value, max_size=2)
+tasks = st.builds(Task, st.just("scienceworld"), word, st.integers(0, 999).map(str) | word, st.sampled_from(["train", "dev", "test"]))
+plain_steps = st.builds(Step, text, text, number, st.none() | text, st.just(()), own_extra)
+call = st.fixed_dictionaries({"id": st.uuids().map(str), "type": st.just("function"),
+                              "function": st.fixed_dictionaries({"name": word, "arguments": text})})
+one_call = st.builds(lambda a, o, t, c: Step(a, o, thought=t, tool_calls=[c]), text, text, st.none() | text, call)
+several = st.builds(lambda a, o, t, cs, r: Step(a, o, thought=t, tool_calls=[{**c, "result": r + str(i)} for i, c in enumerate(cs)]),
+                    text, text, st.none() | text, st.lists(call, min_size=1, max_size=3), text)
+steps = plain_steps | one_call | several
+trajectories = st.builds(Trajectory, tasks, text, text, st.lists(steps, max_size=4).map(tuple), st.none() | number, st.none() | st.booleans(),
+                         text, mapping, mapping, own_extra)
+
+
+def example(**changes) -> Trajectory:
+    fields = dict(task=Task("scienceworld", "boil", 3, "train"), goal="Boil water.", first_observation="A kitchen.",
+                  steps=(Step("activate stove", "It is on.", 5),), settings={"simplification": "easy"})
+    return Trajectory(**{**fields, **changes})
+
+
+# -- values
+
+@given(mapping)
+def test_frozen_map_is_a_value(m):
+    frozen = FrozenMap(m)
+    assert frozen == FrozenMap(m) and hash(frozen) == hash(FrozenMap(m)) and pickle.loads(pickle.dumps(frozen)) == frozen
+
+
+@given(trajectories)
+def test_trajectory_can_be_hashed_and_pickled(trajectory):
+    again = pickle.loads(pickle.dumps(trajectory))
+    assert again == trajectory and again.id == trajectory.id and len({again, trajectory}) == 1
+
+
+def test_nothing_can_be_changed_in_place():
+    source = {"a": {"b": [1]}}
+    trajectory = example(settings=source)
+    before = trajectory.id
+    source["a"]["b"].append(2)
+    assert trajectory.id == before and trajectory.settings["a"]["b"] == (1,)
+    with pytest.raises(TypeError): trajectory.settings["a"] = 1
+    with pytest.raises(AttributeError): trajectory.goal = "x"
+
+
+@given(st.lists(tasks, max_size=6))
+def test_tasks_sort_the_same_whatever_the_order(ts):
+    assert sorted(ts) == sorted(reversed(ts)) and all(Task.parse(str(t)) == t for t in ts)
+
+
+def test_variations_sort_as_numbers():
+    order = [Task("w", "t", v, "train").variation for v in ("trial_b", "10", "9", "trial_a")]
+    assert [t.variation for t in sorted(Task("w", "t", v, "train") for v in order)] == ["9", "10", "trial_a", "trial_b"]
+
+
+def test_alfworld_like_variation_with_slashes_survives():
+    task = Task("alfworld", "pick_and_place_simple", "pick/trial_T2019@x/game", "train")
+    assert Task.parse(str(task)) == task
+
+
+# -- identity
+
+def test_id_is_pinned():
+    "If this changes, every store in the world disagrees with us: raise SCHEMA_VERSION."
+    assert SCHEMA_VERSION == 1 and example().id == "ccbf8f8954acff62f9445e20088992b5"
+
+
+@given(trajectories)
+def test_id_survives_json(trajectory):
+    assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
+
+
+@given(mapping, number)
+def test_id_ignores_provenance_and_score(provenance, score):
+    assert example(provenance=provenance, score=score, success=True, world_version="9").id == example().id
+
+
+def test_id_depends_on_every_part_of_the_content():
+    step = example().steps[0]
+    variants = [example(), example(goal="x"), example(first_observation="x"), example(settings={}), example(steps=()),
+                example(task=Task("scienceworld", "boil", 4, "train")), example(task=Task("scienceworld", "melt", 3, "train")),
+                example(task=Task("alfworld", "boil", 3, "train")), *(example(steps=(s,)) for s in (
+                    Step("x", step.observation), Step(step.action, "x"), Step(step.action, step.observation, thought=""),
+                    Step(step.action, step.observation, tool_calls=[{"id": "1"}])))]
+    assert len({t.id for t in variants}) == len(variants)
+    assert example(task=Task("scienceworld", "boil", 3, "test")).id == example().id  # the fold is the benchmark's, not the episode's
+
+
+def test_id_is_the_same_in_another_process():
+    program = ("from exprag.trajectory import *\n"
+               "print(Trajectory(Task('scienceworld','boil',3,'train'),'Boil water.','A kitchen.',(Step('activate stove','It is on.',5),),settings={'simplification':'easy'}).id)")
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert out.stdout.strip() == example().id
+
+
+# -- wrong input
+
+@pytest.mark.parametrize("change, said", [
+    (dict(goal=None), "goal None"), (dict(score=float("nan")), "finite"), (dict(steps=("wait",)), "step 1"), (dict(task="boil"), "task 'boil'"),
+    (dict(success=1), "success 1"), (dict(settings={"a": object()}), "only JSON"), (dict(settings={1: 2}), "str keys")])
+def test_bad_fields_are_named(change, said):
+    with pytest.raises(TrajectoryError, match=said): example(**change)
+
+
+@pytest.mark.parametrize("line, said", [
+    (b"{", "not JSON"), (b"[]", "expected a JSON object"), (b"\xff\xfe", "utf-8"), (b'{"schema": 1}', "lacks"), (b"null", "expected"),
+    (b'{"schema": 2, "task": {}, "goal": "", "first_observation": ""}', "upgrade"),
+    (b'{"schema": 1, "task": {"world": "w"}, "goal": "", "first_observation": ""}', "world, type, variation and fold"),
+    (b'{"schema": 1, "task": {"world": "w", "type": "t", "variation": "1", "fold": "train"}, "goal": "", "first_observation": "", "steps": [{}]}', "step 1"),
+    (b'{"schema": 1, "task": {"world": "w", "type": "t", "variation": "1", "fold": "train"}, "goal": "", "first_observation": "", "steps": 3}', "list"),
+    (b'{"schema": 1, "task": {"world": "w", "type": "t", "variation": "1", "fold": "train"}, "goal": "", "first_observation": "", "score": NaN}', "finite"),
+    (b'{"schema": 1, "id": "0", "task": {"world": "w", "type": "t", "variation": "1", "fold": "train"}, "goal": "", "first_observation": ""}', "edited"),
+    (b"[" * 100_000, "not JSON")])
+def test_each_bad_line_is_reported_and_the_rest_goes_in(tmp_path, line, said):
+    path = tmp_path / "t.jsonl"
+    write_jsonl([example()], path)
+    good = path.read_bytes()
+    path.write_bytes(good + line + b"\n\n" + good)
+    read, rejected = read_jsonl(path)
+    assert read == [example(), example()] and [r.line for r in rejected] == [2] and said in rejected[0].reason
+    with pytest.raises(TrajectoryError, match="line 2"): list(iter_jsonl(path))
+
+
+def test_unknown_fields_are_kept():
+    record = {**example().to_dict(), "cost": 3}
+    record["steps"][0]["entropy"] = 0.5
+    read = Trajectory.from_dict(record)
+    assert read.extra["cost"] == 3 and read.steps[0].extra["entropy"] == 0.5 and read.id == example().id
+
+
+def test_finished_is_finished():
+    with pytest.raises(TrajectoryError, match="finished"): example(score=3).with_step(Step("a", "b"))
+
+
+def test_scores():
+    assert [normalise_score("scienceworld", s) for s in (-100, 0, 50, 100)] == [0, 0, 0.5, 1]
+    assert example(score=50).normalised_score == 0.5 and example().normalised_score is None
+    for world, raw in (("scienceworld", 101), ("scienceworld", float("nan")), ("nowhere", 1)):
+        with pytest.raises(ValueError): normalise_score(world, raw)
+
+
+# -- files
+
+@settings(max_examples=30)
+@given(st.lists(trajectories, max_size=4))
+def test_jsonl_round_trip(tmp_path_factory, ts):
+    path = tmp_path_factory.mktemp("t") / "t.jsonl"
+    assert write_jsonl(iter(ts), path) == len(ts)
+    assert read_jsonl(path) == (ts, []) and list(iter_jsonl(path)) == ts
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "t.jsonl"
+    write_jsonl([example()], path)
+    before = path.read_bytes()
+
+    def broken():
+        yield example(goal="other")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt): write_jsonl(broken(), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.jsonl"]
+
+
+def test_bom_and_windows_line_ends(tmp_path):
+    path = tmp_path / "t.jsonl"
+    write_jsonl([example(), example(goal="b")], path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(read_jsonl(path)[0]) == 2
+
+
+# -- chat
+
+@given(trajectories)
+def test_messages_round_trip(trajectory):
+    back = from_messages(json.loads(json.dumps(to_messages(trajectory))), trajectory.task, settings=trajectory.settings)
+    assert back.id == trajectory.id
+
+
+@given(trajectories)
+def test_messages_round_trip_as_text(trajectory):
+    try: messages = to_messages(trajectory, thoughts="text")
+    except TrajectoryError as error:
+        assert "thoughts='field'" in str(error)
+        return
+    assert from_messages(messages, trajectory.task, thoughts="text", settings=trajectory.settings).id == trajectory.id
+
+
+@given(trajectories, st.lists(text, min_size=2, max_size=2), text)
+def test_system_and_preamble_survive(trajectory, preamble, system):
+    messages = to_messages(trajectory)
+    before = [{"role": "system", "content": system}, {"role": "user", "content": preamble[0]}, {"role": "assistant", "content": preamble[1]}]
+    read = from_messages(before + messages, trajectory.task, preamble=2, settings=trajectory.settings)
+    assert read.id == trajectory.id and to_messages(read) == before + messages
+
+
+@given(st.builds(Trajectory, tasks, text, text, st.lists(plain_steps, max_size=4).map(tuple)), st.sampled_from(["text", "field"]),
+       st.lists(st.none() | st.booleans(), min_size=4, max_size=4))
+def test_sharegpt_round_trip(trajectory, style, losses):
+    marked = Trajectory(trajectory.task, trajectory.goal, trajectory.first_observation,
+                        tuple(Step(s.action, s.observation, thought=s.thought, extra={"loss": loss}) for s, loss in zip(trajectory.steps, losses)))
+    try: record = json.loads(json.dumps(to_sharegpt(marked, thoughts=style)))
+    except TrajectoryError: return
+    back = from_sharegpt(record, marked.task, thoughts=style)
+    assert back == marked and to_sharegpt(back, thoughts=style) == record
+
+
+@pytest.mark.parametrize("roles, said", [
+    (["assistant"], "message 1"), ([], "message 1"), (["user", "user"], "message 2"), (["user", "assistant", "assistant"], "messages 2 and 3"),
+    (["user", "assistant", "user", "user"], "two user turns"), (["user", "robot"], "message 2 has role 'robot'"), (["user", "tool"], "message 2"),
+    (["user", "assistant", "tool"], "no call has as its id")])
+def test_what_is_no_episode_is_refused_with_its_place(roles, said):
+    messages = [{"role": role, "content": "x"} for role in roles]
+    with pytest.raises(TrajectoryError, match=said): from_messages(messages, example().task)
+
+
+def test_agentgym_form():
+    record = {"conversations": [{"from": "human", "value": "Instruction", "loss": None}, {"from": "gpt", "value": "OK", "loss": False},
+                                {"from": "human", "value": "Goal\n\nRoom"}, {"from": "gpt", "value": "Thought:\nI go.\n\nAction:\ngo", "loss": True}]}
+    read = from_sharegpt(record, example().task, preamble=2)
+    assert (read.steps[0].action, read.steps[0].thought.strip(), read.steps[0].observation) == ("go", "I go.", "")
+
+
+def test_image_parts_are_refused():
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(TrajectoryError, match="only text"): from_messages(messages, example().task)
+
+
+def test_import_is_light():
+    code = "import sys, exprag.trajectory; print(any(m in sys.modules for m in ('torch', 'numpy', 'py4j')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
