@@ -6,8 +6,8 @@
 __all__ = ['WORLD', 'TOPICS', 'EASY_TOPICS', 'EASY_TYPES', 'HARD_TYPES', 'MENDELIAN_TYPES', 'FOLDS', 'FOLD_SIZES',
            'EXPERT_LENGTHS', 'STEP_CAPS', 'JVM_FLAGS', 'SIMPLIFICATIONS', 'SUCCESS_SCORE', 'ACTION_TEMPLATES', 'PANELS',
            'known', 'side', 'scienceworld_tasks', 'check_task', 'step_cap', 'SimulatorError', 'java_version',
-           'find_java', 'start_simulator', 'Environment', 'ScienceWorldEnv', 'play', 'gold_path', 'action_templates',
-           'fits_template', 'Panel', 'spread', 'panel']
+           'find_java', 'not_py4j', 'start_simulator', 'Environment', 'ScienceWorldEnv', 'play', 'gold_path',
+           'action_templates', 'fits_template', 'Panel', 'spread', 'panel']
 
 # %% ../nbs/01_environment.ipynb #cede40ca
 import difflib
@@ -167,11 +167,17 @@ JVM_FLAGS = ("-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2",  # identity h
              "-Xmx512m", "-XX:+UseSerialGC")  # the default heap grows to 4-5 GB
 
 # %% ../nbs/01_environment.ipynb #976389bc
+def not_py4j(record: logging.LogRecord) -> bool:
+    "A filter for the root logger, on which py4j prints a page about every dead JVM; we report it once, as an error."
+    return os.path.basename(os.path.dirname(record.pathname)) != "py4j"
+
+# %% ../nbs/01_environment.ipynb #c390a7ba
 def start_simulator():  # -> (py4j gateway, JVM process)
     "A JVM with ScienceWorld in it; it ends when its standard input closes, so it cannot outlive this process."
     from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
     from scienceworld.constants import BASEPATH, JAR_PATH
-    logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)  # a dead JVM is reported by us, once
+    logging.getLogger().addFilter(not_py4j)  # adding it twice is adding it once
+    logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)
     java = find_java()
     try:
         port, process = launch_gateway(classpath=JAR_PATH, die_on_exit=True, cwd=BASEPATH, java_path=java, javaopts=list(JVM_FLAGS), return_proc=True)
@@ -251,7 +257,7 @@ class ScienceWorldEnv:
             raise
         except (Py4JNetworkError, Py4JError, OSError, AttributeError, TypeError) as error:
             self.close()
-            raise SimulatorError(f"the simulator died in {method}{arguments} of {self.task} ({type(error).__name__}); reset(task) starts a new one") from None
+            raise SimulatorError(f"the simulator died in {method}{arguments} of {self.task} ({type(error).__name__}: {str(error)[:200]}); reset(task) starts a new one") from None
 
     def kill(self) -> None:
         "End the simulator at once, from any thread."
@@ -264,6 +270,7 @@ class ScienceWorldEnv:
         gateway, process, self._gateway, self._process, self._server = self._gateway, self._process, None, None, None
         if process is not None:
             process.wait()
+            gateway._gateway_client.is_connected = False  # else py4j's garbage collection knocks at the old port
             gateway.close()
             process.stdin.close()
 

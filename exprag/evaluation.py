@@ -10,7 +10,7 @@ __all__ = ['ADAPTERS', 'MEMORIES', 'CONDITIONS', 'GIVES_UP', 'MOVES', 'Condition
            'PRIMARY', 'SECONDARY', 'Episode', 'Question', 'Results', 'Run', 'Table', 'contrast_table', 'load_results',
            'plot_results', 'plot_types', 'results_table', 'types_table']
 
-# %% ../nbs/08c_evaluation.ipynb #217c1ca3
+# %% ../nbs/08c_evaluation.ipynb #73a05ea9
 import hashlib
 import re
 import sys
@@ -22,22 +22,25 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from .agent import Action, rollout
+from .combined import audit, index_manifest
 from .environment import Panel, ScienceWorldEnv, action_templates, gold_path, known
 from .query import Hit
 from .results import (CONDITION_ORDER, PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, contrast_table, load_results,
                             plot_results, plot_types, results_table, run_directory, types_table)
 from .select import Memory, NoMemory, adapt, composition, exclude_same_task, successes_only, top_k
+from .samples import LeakError, Sample, collate, micro_batches
+from .sft import Manifest
 from .trajectory import Task, Trajectory, thaw
 
-# %% ../nbs/08c_evaluation.ipynb #8540adec
+# %% ../nbs/08c_evaluation.ipynb #baa31b44
 _all_ = ["CONDITION_ORDER", "PRIMARY", "SECONDARY", "Episode", "Question", "Results", "Run", "Table", "contrast_table", "load_results",
          "plot_results", "plot_types", "results_table", "types_table"]  # the names of the chapter before, at hand here too
 
-# %% ../nbs/08c_evaluation.ipynb #14a6ace1
+# %% ../nbs/08c_evaluation.ipynb #6cf9d039
 ADAPTERS = ("none", "lora", "exprag-lora")
 MEMORIES = ("none", "retrieved", "random", "oracle")
 
-# %% ../nbs/08c_evaluation.ipynb #2118d001
+# %% ../nbs/08c_evaluation.ipynb #753b6249
 @dataclass(frozen=True)
 class Condition:
     "Who acts and what it may remember."
@@ -53,21 +56,21 @@ class Condition:
         known(self.adapter, ADAPTERS, "adapter"), known(self.memory, MEMORIES, "memory"), known(self.policy, ("model", "replay"), "policy")
         if self.k < 1: raise ValueError(f"condition {self.name!r}: k is {self.k}, must be at least 1; for no experience use memory='none'")
 
-# %% ../nbs/08c_evaluation.ipynb #3856697e
+# %% ../nbs/08c_evaluation.ipynb #d2334bb6
 CONDITIONS = {c.name: c for c in (
     Condition("zero-shot"), Condition("ExpRAG (frozen)", memory="retrieved"),
     Condition("LoRA", "lora"), Condition("LoRA, retrieval at test only", "lora", "retrieved"), Condition("ExpRAG-LoRA", "exprag-lora", "retrieved"),
     Condition("replay", memory="retrieved", policy="replay", k=1), Condition("random experience", "exprag-lora", "random"),
     Condition("oracle experience", "exprag-lora", "oracle"))}
 
-# %% ../nbs/08c_evaluation.ipynb #3d41c1aa
+# %% ../nbs/08c_evaluation.ipynb #cefc6f01
 def condition(name: str, /,  # a key of `CONDITIONS`
               **changes  # fields to set otherwise, such as seed=1 or k=4
              ) -> Condition:
     "A named condition, perhaps with changes."
     return replace(CONDITIONS[known(name, tuple(CONDITIONS), "condition")], **changes)
 
-# %% ../nbs/08c_evaluation.ipynb #ddcd5250
+# %% ../nbs/08c_evaluation.ipynb #e5d7b979
 class ReplayPolicy:
     "Plays the best experience's actions back, with the goal's nouns put in; no model, no tokens."
     name, batch_size = "replay", 1
@@ -96,10 +99,10 @@ class ReplayPolicy:
             self._plans[key] = adapt(experience, trajectory.goal).actions if self.substitute else experience.actions
         return self._plans[key]
 
-# %% ../nbs/08c_evaluation.ipynb #7d6821c9
+# %% ../nbs/08c_evaluation.ipynb #34df1374
 GIVES_UP = "context"  # the stop by which a policy tells `rollout` that it writes nothing more
 
-# %% ../nbs/08c_evaluation.ipynb #b0289fa2
+# %% ../nbs/08c_evaluation.ipynb #4a059bd4
 class RandomRetriever:
     "Ranks the episodes of a store by a seeded hash: the face of a `Retriever`, without its knowledge."
 
@@ -121,12 +124,12 @@ class RandomRetriever:
         ranked = sorted(ids, key=lambda id: (-chance[id], id))[:n]
         return [Hit(id, chance[id], rank) for rank, id in enumerate(ranked, 1)]
 
-# %% ../nbs/08c_evaluation.ipynb #cc4144bb
+# %% ../nbs/08c_evaluation.ipynb #9cc4af5a
 def hashed_fraction(*parts) -> float:  # in [0, 1)
     "A number that looks random and is the same everywhere."
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:6], "big") / 2 ** 48
 
-# %% ../nbs/08c_evaluation.ipynb #f97fb26f
+# %% ../nbs/08c_evaluation.ipynb #05d33857
 @cache
 def template_patterns(world: str) -> tuple:
     "The world's action templates as patterns, the most literal first."
@@ -134,14 +137,14 @@ def template_patterns(world: str) -> tuple:
     written = lambda t: re.escape(t).replace("OBJ", ".+").replace(r"\ in\ ", r"\ in(?:to)?\ ")  # both are understood
     return tuple((t, re.compile(written(t))) for t in templates)
 
-# %% ../nbs/08c_evaluation.ipynb #bea756c2
+# %% ../nbs/08c_evaluation.ipynb #19a4f5a1
 def abstract(action: str,  # such as 'move cup to sink'
              world: str  # such as 'scienceworld'
             ) -> str:  # such as 'move OBJ to OBJ'; an action that fits no template stays as it is
     "An action with its nouns taken out."
     return next((t for t, pattern in template_patterns(world) if pattern.fullmatch(action)), action)
 
-# %% ../nbs/08c_evaluation.ipynb #91e37b4c
+# %% ../nbs/08c_evaluation.ipynb #2c58bb24
 def edit_distances(path: Sequence[str],  # one sequence
                    others: Sequence[Sequence[str]]  # many
                   ) -> np.ndarray:  # [others], from 0 (equal) to 1 (nothing in common)
@@ -158,7 +161,7 @@ def edit_distances(path: Sequence[str],  # one sequence
         table = np.minimum.accumulate(table - at, axis=1) + at
     return table[np.arange(len(others)), lengths] / np.maximum(1, np.maximum(len(path), lengths))
 
-# %% ../nbs/08c_evaluation.ipynb #221b8925
+# %% ../nbs/08c_evaluation.ipynb #9bede64b
 class OracleRetriever:
     "Ranks the episodes of a store by how alike their procedure is to the test task's own expert path."
 
@@ -185,12 +188,12 @@ class OracleRetriever:
         order = sorted(range(len(ids)), key=lambda i: (distance[i], ids[i]))[:n]
         return [Hit(ids[i], -float(distance[i]), rank) for rank, i in enumerate(order, 1)]
 
-# %% ../nbs/08c_evaluation.ipynb #b05cae3d
+# %% ../nbs/08c_evaluation.ipynb #9cafe231
 def oracle_paths(env: ScienceWorldEnv, tasks: Iterable[Task]) -> dict[Task, tuple[str, ...]]:
     "The simulator's own expert path for each task, to rank with."
     return {task: gold_path(env, task) for task in tasks}
 
-# %% ../nbs/08c_evaluation.ipynb #f796fce8
+# %% ../nbs/08c_evaluation.ipynb #6a051f13
 def memory_for(condition: Condition,
                retriever=None,  # a `Retriever`; its store serves the controls too
                paths: Mapping[Task, Sequence[str]] | None = None,  # `oracle_paths`, for oracle experience
@@ -208,30 +211,30 @@ def memory_for(condition: Condition,
     stages = (exclude_same_task(), successes_only(), top_k(condition.k), *extra_stages)
     return Memory(retriever, stages=stages, composition=condition.composition, view=view, adapted=adapted)
 
-# %% ../nbs/08c_evaluation.ipynb #7d958113
+# %% ../nbs/08c_evaluation.ipynb #11f4df0b
 def memory_manifest(memory,  # a `Memory`
-                    panel: Panel):  # -> Manifest
+                    panel: Panel) -> Manifest:
     "What the index of a memory holds for the tasks of a panel."
-    from exprag.sft import Manifest
-    store = memory.retriever.store
-    ids = sorted(set().union(*(composition(store, memory.composition, next(t for t in panel if t.type == kind)) for kind in {t.type for t in panel})))
-    return Manifest("index", f"memory ({memory.composition})", tuple(store.get(id).task for id in ids), tuple(ids))
+    store, one_of_each = memory.retriever.store, {t.type: t for t in panel}.values()
+    ids = set().union(*(composition(store, memory.composition, task) for task in one_of_each))
+    return index_manifest(store, sorted(ids), f"of the memory ({memory.composition})")
 
-# %% ../nbs/08c_evaluation.ipynb #0b3c416d
-def check_leaks(condition: Condition, panel: Panel,
+# %% ../nbs/08c_evaluation.ipynb #58c87b38
+def check_leaks(condition: Condition, panel: Panel, policy,
                 memory,  # of the condition
-                manifests: Iterable = ()  # of the weights: tokenizer, pre-training, adapter
-               ) -> None:
-    "Raise `exprag.combined.LeakError` unless the condition may be run on the panel."
-    from exprag.combined import LeakError, audit
+                manifests: Iterable[Manifest] = ()  # of the weights: pre-training, adapter
+               ) -> tuple[str, ...]:  # artefacts of which nobody can say what went in
+    "Raise `LeakError` unless the condition may be run on the panel."
     manifests = list(manifests)
-    if condition.adapter != "none" and not any(m.kind == "adapter" for m in manifests):
+    kinds = {m.kind for m in manifests}
+    if condition.adapter != "none" and "adapter" not in kinds:
         raise LeakError(f"condition {condition.name!r} has trained weights ({condition.adapter}) and no adapter manifest among the {len(manifests)} given, so nobody "
                         "can say what they saw; give manifests=[report.manifest] of the training run")
     if condition.memory != "none": manifests.append(memory_manifest(memory, panel))
-    if manifests: audit(manifests, panel)
+    unknown = audit(manifests, panel)
+    return (*unknown, policy.name) if condition.policy == "model" and not kinds else unknown
 
-# %% ../nbs/08c_evaluation.ipynb #d87629c8
+# %% ../nbs/08c_evaluation.ipynb #9e47bad6
 def run_config(condition: Condition, panel: Panel, policy, memory,
                batch_size: int  # episodes at once
               ) -> dict:  # JSON-ready
@@ -243,18 +246,18 @@ def run_config(condition: Condition, panel: Panel, policy, memory,
             "panel": {"name": panel.name, "fingerprint": panel.fingerprint, "tasks": [str(t) for t in panel], "caps": thaw(panel.caps), "settings": thaw(panel.settings)},
             "runtime": {"batch_size": batch_size, "threads": threads, "versions": {p: installed(p) for p in packages}}}
 
-# %% ../nbs/08c_evaluation.ipynb #31a20ee0
+# %% ../nbs/08c_evaluation.ipynb #b10465b8
 def installed(package: str) -> str:
     "The version of a package, or that there is none."
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 
-# %% ../nbs/08c_evaluation.ipynb #8d403082
+# %% ../nbs/08c_evaluation.ipynb #bf7aba97
 def evaluate(condition: Condition, panel: Panel,
              out_dir,  # where runs live, one directory each
              policy,  # what acts; see `exprag.agent.rollout`
              memory=None,  # of `memory_for`; None: nothing
-             manifests: Iterable = (),  # of the weights: tokenizer, pre-training, adapter
+             manifests: Iterable[Manifest] = (),  # of the weights: pre-training, adapter
              env_factory: Callable | None = None,  # makes a world; None: ScienceWorld with the panel's settings
              batch_size: int | None = None,  # episodes at once; None: the policy's
              progress: bool = True  # show a bar
@@ -263,9 +266,9 @@ def evaluate(condition: Condition, panel: Panel,
     from tqdm.auto import tqdm
     memory = memory if memory is not None else NoMemory()
     check_policy(condition, policy, memory)
-    check_leaks(condition, panel, memory, manifests)
+    unknown = check_leaks(condition, panel, policy, memory, manifests)
     size = batch_size or policy.batch_size
-    folder = run_directory(out_dir, run_config(condition, panel, policy, memory, size))
+    folder = run_directory(out_dir, {**run_config(condition, panel, policy, memory, size), "unknown": sorted(unknown)})
     env_factory = env_factory or (lambda: ScienceWorldEnv(panel.settings["simplification"]))
     with EpisodeFile(folder / "episodes.jsonl") as file:
         todo = [task for task in panel if task not in file.done]
@@ -275,7 +278,7 @@ def evaluate(condition: Condition, panel: Panel,
                 bar.update()
     return Run.read(folder)
 
-# %% ../nbs/08c_evaluation.ipynb #7b1b32f4
+# %% ../nbs/08c_evaluation.ipynb #12e59013
 def check_policy(condition: Condition, policy, memory) -> None:
     "Refuse a policy or memory that is not the condition's."
     if (condition.policy == "replay") != isinstance(policy, ReplayPolicy):
@@ -283,16 +286,16 @@ def check_policy(condition: Condition, policy, memory) -> None:
     if (condition.memory == "none") != isinstance(memory, NoMemory):
         raise ValueError(f"condition {condition.name!r} remembers {condition.memory!r}, but the memory is a {type(memory).__name__}; use memory_for(condition, retriever)")
 
-# %% ../nbs/08c_evaluation.ipynb #02b35961
+# %% ../nbs/08c_evaluation.ipynb #2b04aa4e
 MOVES = re.compile(r"(?:go|teleport) .*|(?:open|close) door .*|look around")  # how an expert gets about, not what it does
 
-# %% ../nbs/08c_evaluation.ipynb #0d23112c
+# %% ../nbs/08c_evaluation.ipynb #420e3335
 def spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     "Where the runs of ones begin and end."
     edges = np.flatnonzero(np.diff([0, *mask, 0]))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
-# %% ../nbs/08c_evaluation.ipynb #617ce6b2
+# %% ../nbs/08c_evaluation.ipynb #3145ee17
 def teacher_forced(policy,  # with `model` and `encoder`, such as `HFPolicy`
                    trajectories: Sequence[Trajectory],  # whose actions are to be predicted
                    experiences: Sequence[Sequence[Trajectory]],  # what each may remember
@@ -300,7 +303,6 @@ def teacher_forced(policy,  # with `model` and `encoder`, such as `HFPolicy`
                   ) -> list[list[bool]]:  # for each episode and step: would greedy decoding have written this action?
     "Predict every action of each episode from its true history, in one pass."
     import torch
-    from exprag.samples import Sample, collate, micro_batches
     samples = [Sample(t.task, *policy.encoder.encode(t, e)) for t, e in zip(trajectories, experiences)]
     answers = [[] for _ in samples]
     for part in micro_batches(range(len(samples)), [len(s) for s in samples], batch):
@@ -313,7 +315,7 @@ def teacher_forced(policy,  # with `model` and `encoder`, such as `HFPolicy`
         for row, i in enumerate(part): answers[i] = [bool(hit[row, a:b].all()) for a, b in spans(samples[i].mask)]
     return answers
 
-# %% ../nbs/08c_evaluation.ipynb #c1911c12
+# %% ../nbs/08c_evaluation.ipynb #0ac2d108
 def step_by_step(policy, trajectories: Sequence[Trajectory], experiences: Sequence[Sequence[Trajectory]]) -> list[list[bool]]:
     "The same for any policy, by asking it at every step."
     def answer(t, found, i):
@@ -321,7 +323,7 @@ def step_by_step(policy, trajectories: Sequence[Trajectory], experiences: Sequen
     policy.reset()
     return [[answer(t, found, i) for i in range(len(t))] for t, found in zip(trajectories, experiences)]
 
-# %% ../nbs/08c_evaluation.ipynb #46a569df
+# %% ../nbs/08c_evaluation.ipynb #6b38de52
 @dataclass(frozen=True)
 class ProcedureAccuracy:
     "The share of expert procedure actions that a policy would have written, by what it may remember."
@@ -330,7 +332,7 @@ class ProcedureAccuracy:
     none: float  # with none
     actions: int  # procedure actions asked about
 
-# %% ../nbs/08c_evaluation.ipynb #36101768
+# %% ../nbs/08c_evaluation.ipynb #e8bca077
 def procedure_accuracy(policy,
                        trajectories: Sequence[Trajectory],  # expert episodes that no weight has seen, of two or more types
                        experiences_of: Callable[[Trajectory], Sequence[Trajectory]],  # such as lambda t: memory.recall(t).experiences

@@ -7,20 +7,20 @@ __all__ = ['NOT_PLAYED', 'JOINER', 'PAD', 'END', 'ROLES', 'CHAT_TEMPLATE', 'TEMP
            'play_texts', 'Document', 'Words', 'periodic', 'repeats', 'InventedWorld', 'procedures', 'carry_out',
            'plays', 'Phase', 'curriculum']
 
-# %% ../nbs/09a_lookup.ipynb #9fb61f64
+# %% ../nbs/09a_lookup.ipynb #32d6d7ec
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-# %% ../nbs/09a_lookup.ipynb #0de6f4b7
+# %% ../nbs/09a_lookup.ipynb #5e0190c1
 from .environment import ACTION_TEMPLATES, ScienceWorldEnv, side
 from .trajectory import Step, Task, Trajectory
 
-# %% ../nbs/09a_lookup.ipynb #8ac53665
+# %% ../nbs/09a_lookup.ipynb #d3c5c83b
 NOT_PLAYED = ("reset", "task", "focus", "read")  # first words of actions that random play leaves out
 
-# %% ../nbs/09a_lookup.ipynb #a3d0d30e
+# %% ../nbs/09a_lookup.ipynb #ba873c1e
 def random_play(env: ScienceWorldEnv, task: Task,  # where: an easy task of the train fold
                 seed: int = 0,  # another seed plays another episode
                 steps: tuple[int, int] = (12, 40)  # shortest and longest episode
@@ -46,14 +46,14 @@ def random_play(env: ScienceWorldEnv, task: Task,  # where: an easy task of the 
     done = Trajectory(task, info["goal"], first, tuple(played), world_version=env.world_version, settings=env.settings)
     return done.finish(info["score"], info["success"], actor="random", seed=seed)
 
-# %% ../nbs/09a_lookup.ipynb #a554a98d
+# %% ../nbs/09a_lookup.ipynb #29b1f2a7
 JOINER = "\ue000"  # private use: stands where a word begins without a space before it
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 CHAT_TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
-# %% ../nbs/09a_lookup.ipynb #c6b85933
+# %% ../nbs/09a_lookup.ipynb #32e65eb8
 def train_tokenizer(texts: Iterable[str],  # what it should be good at
                     size: int = 2048  # tokens at most
                    ):  # -> PreTrainedTokenizerFast
@@ -74,14 +74,14 @@ def train_tokenizer(texts: Iterable[str],  # what it should be good at
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
-# %% ../nbs/09a_lookup.ipynb #6ea39cc0
+# %% ../nbs/09a_lookup.ipynb #38108939
 TEMPLATE_WEIGHT = 50  # times the action templates count in the tokenizer's text, so that no verb falls to pieces
 def play_texts(trajectories: Iterable[Trajectory]) -> list[str]:
     "What random play has to say to a tokenizer."
     texts = [text for t in trajectories for text in (t.goal, t.first_observation, *(x for s in t.steps for x in (s.action, s.observation)))]
     return texts + ["; ".join(ACTION_TEMPLATES)] * TEMPLATE_WEIGHT
 
-# %% ../nbs/09a_lookup.ipynb #86b97775
+# %% ../nbs/09a_lookup.ipynb #d1c4dcb1
 @dataclass
 class Document:
     "Token ids, and which of them what stands before determines."
@@ -97,7 +97,7 @@ class Document:
         "The first `length` tokens."
         return Document(self.ids[:length], self.mask[:length])
 
-# %% ../nbs/09a_lookup.ipynb #4a8e2d06
+# %% ../nbs/09a_lookup.ipynb #7534ba28
 class Words:
     "What the generators need of a tokenizer: control tokens, whole words, and observations to mix in."
     def __init__(self, tokenizer, play: Sequence[Trajectory]):
@@ -117,7 +117,7 @@ class Words:
         document.add([self.role[role]])
         document.add([*ids, self.end], supervised)
 
-# %% ../nbs/09a_lookup.ipynb #048e37f0
+# %% ../nbs/09a_lookup.ipynb #87f37f56
 def periodic(chance: random.Random, words: Words, length: int) -> Document:
     "Phrases from a small vocabulary, each said three to seven times in a row."
     document, pool = Document(), [chance.choice(words.pool) for _ in range(chance.randint(24, 200))]
@@ -129,7 +129,7 @@ def periodic(chance: random.Random, words: Words, length: int) -> Document:
             document.add(phrase[1:], 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #2d7de52e
+# %% ../nbs/09a_lookup.ipynb #9fd021b1
 def repeats(chance: random.Random, words: Words, length: int,
             phrase: tuple[int, int] = (8, 64),  # shortest and longest phrase, in tokens
             gap: int = 0  # noise after each phrase, in tokens at most
@@ -147,7 +147,7 @@ def repeats(chance: random.Random, words: Words, length: int,
         document.add([chance.choice(pool) for _ in range(chance.randint(0, gap))])
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #63394629
+# %% ../nbs/09a_lookup.ipynb #d8336b7e
 class InventedWorld:
     "Verbs, nouns and answers made of random words."
     def __init__(self, chance: random.Random, words: Words):
@@ -194,7 +194,7 @@ class InventedWorld:
         start = self.chance.randrange(max(1, len(seen) - 60))
         return action, seen[start:start + (self.chance.randint(16, 90) if long else self.chance.randint(8, 24))]
 
-# %% ../nbs/09a_lookup.ipynb #6ecdfa74
+# %% ../nbs/09a_lookup.ipynb #39eb32ac
 def procedures(chance: random.Random, words: Words, length: int,
                renamed: float = 0.35,  # probability that a noun of the goal is another than in the list
                steps: tuple[int, int] = (4, 16), listed: tuple[int, int] = (1, 3),  # steps of a procedure; procedures listed
@@ -228,7 +228,7 @@ def procedures(chance: random.Random, words: Words, length: int,
         if len(document.ids) > length: break
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #df480c9d
+# %% ../nbs/09a_lookup.ipynb #9ba7e27b
 def carry_out(chance: random.Random, world: InventedWorld, document: Document, plan: list, nouns: list,
               interrupted: float, long: bool):
     "Append the turns of somebody who follows a plan, with interruptions that are not supervised."
@@ -241,7 +241,7 @@ def carry_out(chance: random.Random, world: InventedWorld, document: Document, p
         world.words.turn(document, "assistant", action, known)
         if following: world.words.turn(document, "user", seen)
 
-# %% ../nbs/09a_lookup.ipynb #aeb95e7c
+# %% ../nbs/09a_lookup.ipynb #f8a7b137
 def plays(chance: random.Random, words: Words, length: int) -> Document:
     "An episode of random play as a chat."
     document, (first, *turns) = Document(), chance.choice(words.play)
@@ -251,7 +251,7 @@ def plays(chance: random.Random, words: Words, length: int) -> Document:
         words.turn(document, "user", observation, 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #f6510539
+# %% ../nbs/09a_lookup.ipynb #57062198
 @dataclass(frozen=True)
 class Phase:
     "A stretch of the curriculum: documents are drawn from `mix` until so many tokens were read."
@@ -264,7 +264,7 @@ class Phase:
         name, _, generator = chance.choices(self.mix, [share for _, share, _ in self.mix])[0]
         return name, generator(chance, words, self.length)
 
-# %% ../nbs/09a_lookup.ipynb #3929d041
+# %% ../nbs/09a_lookup.ipynb #340fbbea
 def curriculum(tokens: int = 6_000_000  # to read in all
               ) -> tuple[Phase, ...]:
     "Repeats, then procedures with their own nouns, then everything."

@@ -7,7 +7,7 @@ __all__ = ['WEIGHT', 'look_back', 'Shape', 'new_model', 'Pretraining', 'optimise
            'gather_play', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'finish', 'nano_path', 'load_nano', 'main',
            'lookup_accuracy']
 
-# %% ../nbs/09b_small_model.ipynb #56105ef7
+# %% ../nbs/09b_small_model.ipynb #33ea23f4
 import json
 import math
 import os
@@ -19,12 +19,14 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #f53f7bd1
-from .environment import EASY_TYPES, collect, scienceworld_tasks
+# %% ../nbs/09b_small_model.ipynb #99fe7d2f
+from .environment import EASY_TYPES, scienceworld_tasks
+from .expert import collect
 from .lookup import Document, Words, curriculum, periodic, play_texts, plays, procedures, random_play, repeats, train_tokenizer
+from .sft import Manifest
 from .trajectory import read_jsonl, write_jsonl
 
-# %% ../nbs/09b_small_model.ipynb #f2e24617
+# %% ../nbs/09b_small_model.ipynb #98042576
 def look_back(model,  # a Qwen2ForCausalLM
               distances: Sequence[int] = (1, 2, 3),  # one head each, from the first on
               sharpness: float = 6.0,  # the score at the distance, in units of one frequency
@@ -44,7 +46,7 @@ def look_back(model,  # a Qwen2ForCausalLM
             attention.k_proj.bias[where] = torch.cat([fast, torch.zeros(size // 2)])
             attention.q_proj.bias[where] = torch.cat([fast * torch.cos(theta * distance), -fast * torch.sin(theta * distance)])
 
-# %% ../nbs/09b_small_model.ipynb #39e9231b
+# %% ../nbs/09b_small_model.ipynb #da5ebe57
 @dataclass(frozen=True)
 class Shape:
     "The size of a small model."
@@ -55,7 +57,7 @@ class Shape:
     look_back: tuple[int, ...] = (1, 2, 3)  # distances at which heads of the first layer begin to look; (): none
     context: int = 8192  # positions
 
-# %% ../nbs/09b_small_model.ipynb #80581764
+# %% ../nbs/09b_small_model.ipynb #233a9bd9
 def new_model(tokenizer, shape: Shape = Shape(), seed: int = 0):
     "An untrained Qwen2 model of a shape, for a tokenizer."
     import torch
@@ -69,10 +71,10 @@ def new_model(tokenizer, shape: Shape = Shape(), seed: int = 0):
     look_back(model, shape.look_back)
     return model
 
-# %% ../nbs/09b_small_model.ipynb #d43013ae
+# %% ../nbs/09b_small_model.ipynb #5f41cc6d
 WEIGHT = {"play": 0.25}  # of a kind of document in the loss; 1 where not named
 
-# %% ../nbs/09b_small_model.ipynb #851a9c9e
+# %% ../nbs/09b_small_model.ipynb #fc2593a8
 @dataclass(frozen=True)
 class Pretraining:
     "The recipe of a pre-training run."
@@ -87,7 +89,7 @@ class Pretraining:
     seed: int = 0
     autocast: bool = True  # bfloat16 where PyTorch's autocast uses it
 
-# %% ../nbs/09b_small_model.ipynb #3e947018
+# %% ../nbs/09b_small_model.ipynb #e9d2af52
 def optimisers(model, recipe: Pretraining) -> list:
     "Muon for matrices, AdamW for the rest."
     import torch
@@ -96,7 +98,7 @@ def optimisers(model, recipe: Pretraining) -> list:
     return [torch.optim.Muon(matrices, lr=recipe.lr_matrices, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original"),
             torch.optim.AdamW(others, lr=recipe.lr_others, betas=(0.9, 0.95), weight_decay=0.0)]
 
-# %% ../nbs/09b_small_model.ipynb #d6e3d4ee
+# %% ../nbs/09b_small_model.ipynb #79d72679
 def batch_of(documents: Sequence[Document], pad: int):
     "Token ids and labels, padded to the longest; labels are -100 where nothing is supervised."
     import torch
@@ -107,7 +109,7 @@ def batch_of(documents: Sequence[Document], pad: int):
         labels[row, :len(document.ids)] = torch.where(torch.tensor(document.mask) == 1, torch.tensor(document.ids), -100)
     return ids, labels
 
-# %% ../nbs/09b_small_model.ipynb #85c88a05
+# %% ../nbs/09b_small_model.ipynb #6d7c4abf
 def predict(model, documents: Sequence[Document],
             autocast: bool = True):  # -> (loss of each supervised token, whether it was right, row of its document)
     "Run the model over documents, computing scores for the supervised tokens only."
@@ -120,7 +122,7 @@ def predict(model, documents: Sequence[Document],
     wanted = labels[labels != -100]
     return torch.nn.functional.cross_entropy(scores, wanted, reduction="none"), scores.argmax(-1) == wanted, torch.nonzero(labels != -100)[:, 0]
 
-# %% ../nbs/09b_small_model.ipynb #457f9387
+# %% ../nbs/09b_small_model.ipynb #eb65c2f6
 def learn(model, steppers: list, kinds: Sequence[str], documents: Sequence[Document], recipe: Pretraining,
           speed: float = 1.0  # factor of the learning rates
          ) -> dict[str, tuple[float, int]]:  # kind -> (right, supervised tokens)
@@ -137,7 +139,7 @@ def learn(model, steppers: list, kinds: Sequence[str], documents: Sequence[Docum
     return {kind: (int(right[of].sum()), int(of.sum())) for kind in set(kinds)
             for of in [torch.isin(rows, torch.tensor([n for n, k in enumerate(kinds) if k == kind], device=rows.device))]}
 
-# %% ../nbs/09b_small_model.ipynb #e9f0b6ef
+# %% ../nbs/09b_small_model.ipynb #3a30a262
 def gather_play(path: Path, recipe: Pretraining, workers: int = 1):
     "Random episodes of easy train tasks, spread over each type; kept in a file and read from there the next time."
     if not path.exists():
@@ -151,7 +153,7 @@ def gather_play(path: Path, recipe: Pretraining, workers: int = 1):
     if rejected: raise ValueError(f"{path} is damaged: {rejected[0]}; delete it and it is made again")
     return trajectories
 
-# %% ../nbs/09b_small_model.ipynb #6560d7e9
+# %% ../nbs/09b_small_model.ipynb #1b3f4385
 def save_checkpoint(folder: Path, model, steppers: list, progress: dict):
     "Weights and optimiser state as safetensors, swapped in whole."
     from safetensors.torch import save_file
@@ -162,7 +164,7 @@ def save_checkpoint(folder: Path, model, steppers: list, progress: dict):
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, folder / "checkpoint.part", {"progress": json.dumps(progress)})
     os.replace(folder / "checkpoint.part", folder / "checkpoint.safetensors")
 
-# %% ../nbs/09b_small_model.ipynb #b92dd093
+# %% ../nbs/09b_small_model.ipynb #618243f8
 def load_checkpoint(folder: Path, model, steppers: list) -> dict | None:  # progress; None: there is no checkpoint
     "Put a checkpoint's weights and optimiser state in place."
     import torch
@@ -178,7 +180,7 @@ def load_checkpoint(folder: Path, model, steppers: list) -> dict | None:  # prog
             stepper.load_state_dict({"state": state, "param_groups": stepper.state_dict()["param_groups"]})
         return json.loads(file.metadata()["progress"])
 
-# %% ../nbs/09b_small_model.ipynb #ea27968e
+# %% ../nbs/09b_small_model.ipynb #d7adef2a
 def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
              recipe: Pretraining = Pretraining(), shape: Shape = Shape(),
              threads: int = 1,  # of PyTorch
@@ -223,26 +225,27 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
         return folder
     return finish(folder, model, tokenizer, recipe, shape)
 
-# %% ../nbs/09b_small_model.ipynb #cb3a4420
+# %% ../nbs/09b_small_model.ipynb #1a4c3b31
 def finish(folder: Path, model, tokenizer, recipe: Pretraining, shape: Shape) -> Path:
-    "Write the finished model with its recipe and the hashes of what went into it."
+    "Write the finished model with its recipe, its manifest and the hashes of what went into it."
     done = folder / "model"
     model.to("cpu").float().save_pretrained(done)
     tokenizer.save_pretrained(done)
-    hashes = {name: sha256((folder / name).read_bytes()).hexdigest() for name in ("play.jsonl",)}
-    hashes |= {name: sha256((done / name).read_bytes()).hexdigest() for name in ("model.safetensors", "tokenizer.json")}
-    tasks = sorted({str(t.task) for t in read_jsonl(folder / "play.jsonl")[0]})
+    play = read_jsonl(folder / "play.jsonl")[0]
+    tasks, contents = tuple(t.task for t in play), tuple(t.id for t in play)
+    Manifest("pretraining", "nano", tasks, contents, (Manifest("tokenizer", "nano", tasks, contents),)).write(done)
+    files = (folder / "play.jsonl", done / "model.safetensors", done / "tokenizer.json")
+    hashes = {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
-    (done / "pretraining.json").write_text(json.dumps({"recipe": asdict(recipe), "shape": asdict(shape), "sha256": hashes,
-                                                       "tasks": tasks, "log": log}, indent=1))
+    (done / "pretraining.json").write_text(json.dumps({"recipe": asdict(recipe), "shape": asdict(shape), "sha256": hashes, "log": log}, indent=1))
     return done
 
-# %% ../nbs/09b_small_model.ipynb #9b7f3aeb
+# %% ../nbs/09b_small_model.ipynb #e41e5ad2
 def nano_path() -> Path:
     "Where the package keeps its small model."
     return Path(__file__).parent / "assets" / "nano"
 
-# %% ../nbs/09b_small_model.ipynb #3a41f6a6
+# %% ../nbs/09b_small_model.ipynb #e6825eab
 def load_nano(path: str | os.PathLike | None = None):  # -> (model, tokenizer)
     "The small model and its tokenizer."
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -250,7 +253,7 @@ def load_nano(path: str | os.PathLike | None = None):  # -> (model, tokenizer)
     if not (place / "model.safetensors").exists(): raise FileNotFoundError(f"there is no small model in {place}; make one with `python -m exprag.nano OUT_DIR`")
     return AutoModelForCausalLM.from_pretrained(place, use_safetensors=True), AutoTokenizer.from_pretrained(place)
 
-# %% ../nbs/09b_small_model.ipynb #9c1513bc
+# %% ../nbs/09b_small_model.ipynb #7fd0cfa8
 def main(arguments: Sequence[str] | None = None):
     "`python -m exprag.nano OUT_DIR`: make the small model again."
     import argparse
@@ -262,10 +265,10 @@ def main(arguments: Sequence[str] | None = None):
     given = parser.parse_args(arguments)
     print(pretrain(given.out, Pretraining(tokens=given.tokens), threads=given.threads, device=given.device))
 
-# %% ../nbs/09b_small_model.ipynb #6c25b5e2
+# %% ../nbs/09b_small_model.ipynb #918aeac2
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/09b_small_model.ipynb #7a4954b0
+# %% ../nbs/09b_small_model.ipynb #6e101f9c
 def lookup_accuracy(model, generator: Callable[[random.Random], Document],  # makes one document
                     documents: int = 32, batch: int = 8, seed: int = 10**6  # far from the seeds of training
                    ) -> tuple[float, float]:  # of tokens, of whole supervised runs (an action and its end; a phrase)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'MAGIC', 'goal', 'key_function', 'Encoder', 'chunks', 'TextTooLong', 'fingerprint_of', 'quiet_loading',
            'load_sentence_model', 'SentenceEncoder', 'Hit', 'faiss_threads', 'ExactIndex', 'IndexMismatch',
-           'write_index', 'read_index', 'Retriever']
+           'write_index', 'read_index', 'embed_missing', 'Retriever']
 
 # %% ../nbs/03_query.ipynb #70d126d1
 import json
@@ -283,6 +283,21 @@ def read_index(path: Path,
     return index, ""
 
 # %% ../nbs/03_query.ipynb #48ba2c62
+def embed_missing(store: Store,
+                  encoder: Encoder,
+                  key: str,  # a name in `KEYS`
+                  ids: Iterable[str],  # episodes of the store
+                  batch: int = 256  # episodes at a time; each batch is kept when it is done
+                 ) -> int:  # how many had no vector yet
+    "Compute and keep the vectors that the store lacks."
+    missing, text_of = sorted(set(ids) - set(store.vector_ids(encoder.name, key))), key_function(key)
+    for start in range(0, len(missing), batch):
+        part = missing[start:start + batch]
+        vectors = encoder.encode([text_of(store.get(id)) for id in part], role="document")
+        store.put_vectors(encoder.name, key, dict(zip(part, vectors)))
+    return len(missing)
+
+# %% ../nbs/03_query.ipynb #2a607f8a
 class Retriever:
     "Finds stored episodes near to where an agent stands."
     def __init__(self, store: Store,  # where experience lives
@@ -291,7 +306,8 @@ class Retriever:
                  query: str = "goal",  # with what of the agent's own
                  threads: int = 1):  # of FAISS
         self.store, self.encoder, self.key, self.query, self.threads = store, encoder, key, query, threads
-        self.key_of, self.query_of = key_function(key), key_function(query)
+        self.query_of = key_function(query)
+        key_function(key)  # an unknown key is an error here
         self._index, self._made_from, self._only, self._queries = None, None, None, {}
 
     def __repr__(self): return f"Retriever(key {self.key!r}, query {self.query!r}, {self.encoder!r}, {self.store!r})"
@@ -300,24 +316,13 @@ class Retriever:
         "What decides its answers, as JSON."
         return {"encoder": self.encoder.name, "key": self.key, "query": self.query, "store": self.store.fingerprint()}
 
-    def embed(self, ids: Iterable[str],  # episodes of the store
-              batch: int = 256  # episodes at a time; each batch is kept when it is done
-             ) -> int:  # how many had no vector yet
-        "Compute and keep the vectors that are missing."
-        missing = sorted(set(ids) - set(self.store.vector_ids(self.encoder.name, self.key)))
-        for start in range(0, len(missing), batch):
-            part = missing[start:start + batch]
-            vectors = self.encoder.encode([self.key_of(self.store.get(id)) for id in part], role="document")
-            self.store.put_vectors(self.encoder.name, self.key, dict(zip(part, vectors)))
-        return len(missing)
-
     def index(self, ids: Iterable[str] | None = None  # None: every episode of the store, also those that come later
              ) -> "Retriever":  # itself
         "Build the index, or build it anew."
         self._only = None if ids is None else frozenset(ids)
         self._made_from = self.store.fingerprint()
         wanted = self._wanted()
-        self.embed(wanted)
+        embed_missing(self.store, self.encoder, self.key, wanted)
         ids, vectors = self.store.get_vectors(self.encoder.name, self.key, None if self._only is None else wanted)
         self._index = ExactIndex(ids, vectors.reshape(len(ids), self.encoder.dim), self.threads)
         return self

@@ -111,6 +111,7 @@ def label_of(count: Callable) -> str:  # for descriptions
     "What a function is called: its `name` if it has one, otherwise module and name."
     return getattr(count, "name", None) or f"{getattr(count, '__module__', '')}.{getattr(count, '__qualname__', type(count).__qualname__)}"
 
+# %% ../nbs/04_select.ipynb #1124a511
 def token_budget(max_tokens: int,  # for all experiences together
                  count: Callable[[str], int],  # tokens of a text, by the agent's tokenizer
                  view: str = "actions",  # a key of `exprag.store.VIEWS`
@@ -202,6 +203,7 @@ def is_noun_like(word: str) -> bool:
     "Whether a word may be mapped: no function word, number or punctuation mark."
     return word[0].isalpha() and word.lower() not in FUNCTION_WORDS
 
+# %% ../nbs/04_select.ipynb #70544571
 def replaced_pairs(old: Sequence[str],  # the words of a replaced span
                    new: Sequence[str]  # the words that stand in its place
                   ) -> list[tuple[str, str]]:
@@ -268,6 +270,7 @@ def digest_of(description: Mapping) -> str:  # 16 hex digits
     "A hash of a description."
     return sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
+# %% ../nbs/04_select.ipynb #937308ab
 def with_adaptation(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     "The stages, with `adapt_to_goal` before the first token budget, or at the end."
     place = next((i for i, s in enumerate(stages) if s.name == "token_budget"), len(stages))

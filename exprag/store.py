@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIGRATIONS', 'APPLICATION_ID', 'OUTCOME', 'CUE_WORDS', 'SENTENCE', 'VIEWS', 'StoreError', 'UnknownTrajectory',
-           'migrate', 'connect', 'set_wal', 'Database', 'Added', 'row_of', 'settle', 'Episodes', 'id_set_hash', 'Store',
-           'chat', 'cue', 'actions', 'view']
+           'migrate', 'connect', 'set_wal', 'Database', 'Added', 'row_of', 'with_outcome', 'settle', 'Episodes',
+           'id_set_hash', 'Store', 'chat', 'cue', 'actions', 'view']
 
 # %% ../nbs/02_store.ipynb #8f51197a
 import json
@@ -168,22 +168,29 @@ def row_of(trajectory: Trajectory) -> tuple:
             trajectory.score, len(trajectory), canonical_json(trajectory.to_dict()).decode("ascii"))
 
 # %% ../nbs/02_store.ipynb #06c1991c
+def with_outcome(record: str,  # of an episode, as JSON
+                 score: float | None, success: int | None) -> str:
+    "The same record with another outcome."
+    return canonical_json({**json.loads(record), "score": score, "success": None if success is None else bool(success)}).decode("ascii")
+
+# %% ../nbs/02_store.ipynb #db8b1a53
 def settle(connection: sqlite3.Connection,  # inside a transaction
            rows: list[tuple],  # as `row_of` makes them
            path: Path):  # for the messages
     "Compare what was offered with what was there: fill in a missing outcome, refuse a contradiction."
     offered = {}
     for row in rows: offered.setdefault(row[0], []).append(row)
-    there = connection.execute("SELECT id, fold, score, success FROM trajectories WHERE id IN (SELECT value FROM json_each(?))", [json.dumps(list(offered))])
-    for id, *kept in there.fetchall():
+    there = connection.execute("SELECT id, record, fold, score, success FROM trajectories WHERE id IN (SELECT value FROM json_each(?))", [json.dumps(list(offered))])
+    for id, record, *kept in there.fetchall():
         for row in offered[id]:
             given = [row[4], row[6], row[5]]
             for name, old, new in zip(OUTCOME, kept, given):
                 if old is not None and new is not None and old != new:
                     raise StoreError(f"{path}: episode {id[:8]} of {row[1]}/{row[2]}/{row[3]} is kept with {name} {old!r} and was offered again with {name} {new!r}; nothing of this batch was kept. Find out which is right; delete({id!r}) removes the old one")
-            if any(old is None and new is not None for old, new in zip(kept, given)):
-                connection.execute("UPDATE trajectories SET fold = ?, score = ?, success = ?, record = ? WHERE id = ?", [*given, row[8], id])
-                kept = given
+            merged = [new if old is None else old for old, new in zip(kept, given)]
+            if merged != kept:
+                kept, record = merged, row[8] if merged == given else with_outcome(record, *merged[1:])
+                connection.execute("UPDATE trajectories SET score = ?, success = ?, record = ? WHERE id = ?", [*merged[1:], record, id])
 
 # %% ../nbs/02_store.ipynb #a36873ca
 class Episodes(Database):

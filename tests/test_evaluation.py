@@ -189,13 +189,16 @@ def test_a_leak_stops_a_run_before_it_begins(retriever, tmp_path):
     from exprag.sft import Manifest
     where, trained = quick_panel(), condition("LoRA")
     easy, hard = Task("scienceworld", "boil", "0", "train"), Task("scienceworld", "grow-plant", "0", "train")
-    with pytest.raises(LeakError, match="no adapter manifest"): check_leaks(trained, where, NoMemory())
-    check_leaks(trained, where, NoMemory(), [Manifest("adapter", "good", (easy,))])
+    with pytest.raises(LeakError, match="no adapter manifest"): check_leaks(trained, where, ReplayPolicy(), NoMemory())
+    check_leaks(trained, where, ReplayPolicy(), NoMemory(), [Manifest("adapter", "good", (easy,))])
     for seen in (hard, where.tasks[0], replace(where.tasks[0], fold="train")):
-        with pytest.raises(LeakError): check_leaks(trained, where, NoMemory(), [Manifest("adapter", "bad", (easy, seen))])
-    with pytest.raises(LeakError): check_leaks(trained, where, NoMemory(), [Manifest("adapter", "made from bad", (easy,), parents=(Manifest("pretraining", "bad", (hard,)),))])
+        with pytest.raises(LeakError): check_leaks(trained, where, ReplayPolicy(), NoMemory(), [Manifest("adapter", "bad", (easy, seen))])
+    with pytest.raises(LeakError): check_leaks(trained, where, ReplayPolicy(), NoMemory(), [Manifest("adapter", "made from bad", (easy,), parents=(Manifest("pretraining", "bad", (hard,)),))])
     memory = memory_for(condition("replay"), retriever)
-    check_leaks(condition("replay"), where, memory)
+    assert check_leaks(condition("replay"), where, ReplayPolicy(), memory) == ()
+    hub = Manifest("pretraining", "some-7B", known=False)
+    assert check_leaks(condition("zero-shot"), where, ReplayPolicy(), NoMemory(), [hub]) == ("some-7B",), "not refused, but said"
+    assert check_leaks(condition("zero-shot"), where, ReplayPolicy(), NoMemory()) == ("replay",)
     retriever.store.add(replace(sample()[0], task=replace(where.tasks[0], fold="train"), goal="smuggled in"))
     with pytest.raises(LeakError): evaluate(condition("replay"), where, tmp_path / "runs", ReplayPolicy(), memory, progress=False)
     assert not (tmp_path / "runs").exists(), "nothing was run, and nothing written"
@@ -258,6 +261,23 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(tmp_path):
     assert a == b
     table = results_table(load_results(out), draws=200)
     assert table.rows[0][0] == "replay" and table.rows[0][6] == "0"
+
+
+def test_conditions_with_a_model_on_the_real_world(retriever, tmp_path):
+    "A random-weight model, two conditions, two tasks, four steps each: the whole way from weights to table."
+    from chat_models import make_model, make_tokenizer
+    from exprag.agent import HFPolicy
+    tokenizer = make_tokenizer("qwen")
+    policy = HFPolicy(make_model("qwen", len(tokenizer), max_position_embeddings=8192), tokenizer, batch_size=2, max_new_tokens=4, name="random weights")
+    where = replace(quick_panel(2), caps={t.type: 4 for t in quick_panel(2)})
+    for name in ("ExpRAG (frozen)", "zero-shot"):
+        run = evaluate(condition(name), where, tmp_path, policy, memory_for(condition(name), retriever), progress=False)
+        assert run.config["runtime"]["threads"] >= 1 and run.config["policy"]["weights"] and run.config["unknown"] == ["random weights"]
+        assert [e.task for e in run.episodes] == list(where.tasks) and all(e.tokens_generated and e.tokens_computed <= e.tokens_prompt + e.tokens_generated for e in run.episodes)
+    frozen, zero = (load_results(tmp_path).of(n)[0].episodes for n in ("ExpRAG (frozen)", "zero-shot"))
+    assert all(a.tokens_prompt / a.steps > b.tokens_prompt / b.steps for a, b in zip(frozen, zero)), "experience stands in the prompt"
+    table = results_table(load_results(tmp_path), draws=200)
+    assert [r[0] for r in table.rows] == ["zero-shot", "ExpRAG (frozen)"] and "Nobody can say what went into: random weights" in table.caption
 
 
 def test_oracle_paths_are_the_experts():

@@ -178,6 +178,11 @@ def test_tables_are_computed_from_the_episodes(tmp_path):
     assert str(results_table(results, draws=300)) == str(results_table(load_results(tmp_path), draws=300))
 
 
+def test_the_table_says_what_nobody_knows(tmp_path):
+    make_run(tmp_path, "LoRA", unknown=["some-7B"])
+    assert results_table(load_results(tmp_path), draws=200).caption.endswith("Nobody can say what went into: some-7B.")
+
+
 def test_the_primary_contrast_stands_apart(tmp_path):
     results = gap(tmp_path)
     table = contrast_table(results, draws=500)

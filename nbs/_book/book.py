@@ -28,9 +28,9 @@ def cmd_export(book: notebooks.Book, args: argparse.Namespace) -> int:
 
 
 def cmd_run(book: notebooks.Book, args: argparse.Namespace) -> int:
-    from _book.running import run
+    from _book.running import TIMEOUT, run
 
-    results = run(book, args.names, args.slow, not args.no_save, args.jobs, args.timeout)
+    results = run(book, args.names, args.slow, not args.no_save, args.jobs, args.timeout or TIMEOUT)
     failed = [result for result in results if result.error]
     for result in failed:
         print(f"\n{result.error}", file=sys.stderr)
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--slow", action="store_true", help="also run cells flagged `#| slow`")
     command.add_argument("--no-save", action="store_true", help="only test; write nothing")
     command.add_argument("--jobs", type=int, default=1, help="chapters at once (default: 1)")
-    command.add_argument("--timeout", type=float, default=900, help="seconds for a chapter (default: 900)")
+    command.add_argument("--timeout", type=float, help="seconds for a chapter (default: 900)")
     add("clean", "Bring notebooks to their clean form without running them.", names=True)
     command = add("check", "Check everything that must hold of the book.")
     command.add_argument("--fresh", action="store_true", help="also run every chapter and compare its saved outputs")

@@ -8,7 +8,6 @@ import ast
 import re
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from .notebooks import Book, BookError, Cell, Chapter, canonical, dumps
 # STYLE.md asks for about 25 lines a function, 60 a class, 80 cells and 350 exported lines; past these it is broken.
 FUNCTION_LINES, CLASS_LINES, CELLS, EXPORTED_LINES = 35, 75, 90, 420
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-TEXT_FILES = ("*.ini", "*.py", "*.md", "*.cfg", "nbs/**/*.ipynb", "nbs/_book/*.py", "nbs/_book/static/*.css",
-              "exprag/**/*.py", "exprag/**/*.md", "exprag/**/*.json", "tests/**/*.py", ".ci/*")
+TEXT_FILES = ("*", "nbs/**/*", "tests/**/*", ".ci/*")  # and the package
+TEXT_ENDINGS = {"", ".css", ".ini", ".in", ".ipynb", ".json", ".jsonl", ".md", ".py", ".toml", ".txt"}
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|Users|opt|root|mnt|tmp|private|var/folders)/[\w./-]+")
 
 
@@ -153,7 +152,7 @@ def shape(book: Book) -> list[str]:
 
 def machine_names(book: Book) -> list[str]:
     """What is this machine's and nobody else's: the places of the checkout and the environment, the host's name."""
-    places = {str(book.root), str(Path.home()), tempfile.gettempdir()}
+    places = {str(book.root), str(Path.home())}
     places |= {sys.prefix} if sys.prefix != sys.base_prefix else set()
     host = socket.gethostname()
     return sorted(place for place in places if len(place) > 1) + [host] * bool(re.search(r"\d", host))
@@ -162,9 +161,10 @@ def machine_names(book: Book) -> list[str]:
 def no_machine(book: Book) -> list[str]:
     """Nothing that is kept names the machine it was made on; outputs hold no absolute path at all."""
     problems = []
-    own = [name for name in machine_names(book) if name != tempfile.gettempdir()]
-    pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}(?![\w-])" for name in own) or r"(?!)")
-    files = sorted({path for glob in TEXT_FILES for path in book.root.glob(glob) if path.is_file()})
+    names = "|".join(map(re.escape, machine_names(book)))
+    pattern = re.compile(rf"(?<![\w.])(?:{names})(?![\w-])" if names else "(?!)")
+    files = sorted({path for glob in (*TEXT_FILES, f"{book.library}/**/*") for path in book.root.glob(glob)
+                    if path.is_file() and path.suffix in TEXT_ENDINGS})
     for path in files:
         text = path.read_text(encoding="utf-8", errors="replace")
         problems += [f"{path.relative_to(book.root)} names this machine: {found}" for found in set(pattern.findall(text))]

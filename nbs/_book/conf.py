@@ -1,12 +1,9 @@
 """Sphinx's settings for the site. Sphinx is started by rendering.py, which writes the pages first."""
 import os
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
-from _book.notebooks import Book, Chapter  # noqa: E402
-from _book.rendering import page_name, symbols  # noqa: E402
+from _book.notebooks import Book
+from _book.rendering import page_name, symbols
 
 book = Book(Path(os.environ["BOOK_ROOT"]))
 settings = book.settings

@@ -113,7 +113,7 @@ def parameter_table(obj) -> list[str]:
         label = "*returns*" if name == "return" else f"``{STARS.get(about.get('kind'), '')}{name}``"
         default = "" if name == "return" else _default(about["default"])
         rows.append((label, _code(anno), _code(default), _cell(about["docment"])))
-    if not any(row[3] for row in rows):
+    if not rows:
         return []
     lines = [".. list-table::", "   :header-rows: 1", "   :class: parameters", "   :align: left", ""]
     for row in [("parameter", "type", "default", "what it is"), *rows]:
