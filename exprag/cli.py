@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MENDABLE', 'build_parser', 'run_demo', 'main']
 
-# %% ../nbs/11_command_line.ipynb #4930638d
+# %% ../nbs/11_command_line.ipynb #da9f1508
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-# %% ../nbs/11_command_line.ipynb #8048484f
+# %% ../nbs/11_command_line.ipynb #34e0a0a3
 from . import __version__
 
-# %% ../nbs/11_command_line.ipynb #9fa8dd0f
+# %% ../nbs/11_command_line.ipynb #56d7be76
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
     parser = argparse.ArgumentParser(prog="exprag", description="Agents that learn from experience.")
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo)
     return parser
 
-# %% ../nbs/11_command_line.ipynb #e5719bbf
+# %% ../nbs/11_command_line.ipynb #1b5ece29
 def run_demo(given: argparse.Namespace) -> None:
     "Run the demo and print its table."
     from exprag.demo import PLANS, demo
@@ -44,10 +44,10 @@ def run_demo(given: argparse.Namespace) -> None:
     print((out / "table.txt").read_text(encoding="utf-8"))
     print(f"Written to {out}: table.txt, figure.png, episodes/, adapters/, and the store of experience.")
 
-# %% ../nbs/11_command_line.ipynb #7a00bf1f
+# %% ../nbs/11_command_line.ipynb #1aa373b8
 MENDABLE = (ValueError, FileNotFoundError, KeyError, RuntimeError, OSError)  # what the library raises when input or machine is at fault
 
-# %% ../nbs/11_command_line.ipynb #9565099b
+# %% ../nbs/11_command_line.ipynb #804c08c6
 def main(arguments: Sequence[str] | None = None  # None: the process's own
         ) -> int:  # exit status
     "The `exprag` command."

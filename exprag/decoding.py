@@ -6,19 +6,19 @@
 __all__ = ['PolicyError', 'SlotCache', 'shared', 'SlotEngine', 'SingleEngine', 'faithful', 'fastest_engine', 'fits', 'Draft',
            'Writer']
 
-# %% ../nbs/05b_decoding.ipynb #dbed0574
+# %% ../nbs/05b_decoding.ipynb #1c777a8b
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-# %% ../nbs/05b_decoding.ipynb #fcc9019a
+# %% ../nbs/05b_decoding.ipynb #54d987fe
 from .prompt import PromptEncoder
 
-# %% ../nbs/05b_decoding.ipynb #5bad456b
+# %% ../nbs/05b_decoding.ipynb #91711fbc
 class PolicyError(ValueError):
     "A policy that cannot be built or asked; the message says what to do."
 
-# %% ../nbs/05b_decoding.ipynb #df1d7be0
+# %% ../nbs/05b_decoding.ipynb #9da677d5
 class SlotCache:
     "Keys and values of several episodes, one row each, in tensors [rows, heads, room, size] that are written in place."
 
@@ -53,12 +53,12 @@ class SlotCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int: return self.width
 
-# %% ../nbs/05b_decoding.ipynb #e64504a1
+# %% ../nbs/05b_decoding.ipynb #015b9e3f
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     "Length of the common prefix of two token lists."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../nbs/05b_decoding.ipynb #cc957a6b
+# %% ../nbs/05b_decoding.ipynb #c00f7b89
 class SlotEngine:
     "Runs a model on several token sequences, one row each, and only on what is new in each."
 
@@ -119,7 +119,7 @@ class SlotEngine:
         with torch.inference_mode():
             return self.model(torch.tensor([ids], device=self.model.device), use_cache=False, logits_to_keep=1).logits[0, -1].float()
 
-# %% ../nbs/05b_decoding.ipynb #f95ca1e2
+# %% ../nbs/05b_decoding.ipynb #6f56e55d
 class SingleEngine(SlotEngine):
     "For architectures that keep more than keys and values: the model's own cache, one sequence at a time."
 
@@ -156,7 +156,7 @@ class SingleEngine(SlotEngine):
                                          use_cache=True).logits[0, -1].float()
         return logits
 
-# %% ../nbs/05b_decoding.ipynb #734989cc
+# %% ../nbs/05b_decoding.ipynb #2f722237
 def faithful(engine: SlotEngine, tolerance: float) -> bool:
     "Whether the engine, over two rows of unequal length, gives the logits that the model gives from nothing."
     length = 24 + min(engine.window or 0, 2048)
@@ -174,7 +174,7 @@ def faithful(engine: SlotEngine, tolerance: float) -> bool:
     finally:
         engine.forget(range(engine.rows))
 
-# %% ../nbs/05b_decoding.ipynb #9a2ee06e
+# %% ../nbs/05b_decoding.ipynb #4e4e5b97
 def fastest_engine(model, rows: int,  # sequences at once
                    tolerance: float  # relative to the range of the logits
                    ) -> SlotEngine:
@@ -182,7 +182,7 @@ def fastest_engine(model, rows: int,  # sequences at once
     engine = SlotEngine(model, rows)
     return engine if faithful(engine, tolerance) else SingleEngine(model, rows)
 
-# %% ../nbs/05b_decoding.ipynb #8b928c0c
+# %% ../nbs/05b_decoding.ipynb #d155e9c3
 def fits(text: str,  # an action, perhaps unfinished
          template: str,  # such as 'move OBJ to OBJ'
          finished: bool  # whether `text` must be a whole action
@@ -196,7 +196,7 @@ def fits(text: str,  # an action, perhaps unfinished
     filled = text[len(literal):]
     return not rest or any(fits(filled[i:], rest, True) for i in range(1, len(filled)))
 
-# %% ../nbs/05b_decoding.ipynb #1f21d1d3
+# %% ../nbs/05b_decoding.ipynb #8578acc3
 @dataclass
 class Draft:
     "An action while it is being written."
@@ -208,7 +208,7 @@ class Draft:
     text: str = ""
     stop: str = ""
 
-# %% ../nbs/05b_decoding.ipynb #a161911f
+# %% ../nbs/05b_decoding.ipynb #16feb9fe
 class Writer:
     "Writes actions token by token, greedily, in several rows of an engine."
 

@@ -6,7 +6,7 @@
 __all__ = ['FIVE', 'DEMO_TYPES', 'PLANS', 'Plan', 'demo_tasks', 'demo_panel', 'gather', 'fit', 'Pool', 'Lent',
            'compare_conditions', 'demo', 'write_report']
 
-# %% ../nbs/10_demo.ipynb #9f5ade7c
+# %% ../nbs/10_demo.ipynb #23a40a48
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +15,10 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-# %% ../nbs/10_demo.ipynb #8429ec4b
+# %% ../nbs/10_demo.ipynb #dcae0c6e
 from .combined import check_aligned, equal_budget, retrieve_for_training
 from .environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, Panel, ScienceWorldEnv, known, panel, scienceworld_tasks, spread
-from .evaluation import condition, contrast_table, evaluate, load_results, memory_for, plot_results, results_table, types_table
+from .evaluation import condition, Results, contrast_table, evaluate, memory_for, plot_results, results_table, types_table
 from .expert import collect, expert
 from .agent import HFPolicy
 from .prompt import PromptFormat
@@ -28,11 +28,11 @@ from .sft import Manifest, model_path, train
 from .store import Store
 from .trajectory import Task, Trajectory
 
-# %% ../nbs/10_demo.ipynb #b35f871b
+# %% ../nbs/10_demo.ipynb #06192c59
 FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # the Mendelian types take a minute an episode
 
-# %% ../nbs/10_demo.ipynb #d5295b08
+# %% ../nbs/10_demo.ipynb #5cb5a430
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -50,18 +50,18 @@ class Plan:
     max_new_tokens: int = 32  # of an action
     seed: int = 2025
 
-# %% ../nbs/10_demo.ipynb #8ef0bd07
+# %% ../nbs/10_demo.ipynb #6dec97c0
 PLANS = {"demo": Plan(),
          "quick": Plan(easy=2, hard=2, types=("chemistry-mix-paint-secondary-color", "power-component"),
                        easy_types=("find-plant", "find-animal", "melt", "use-thermometer"), steps=12, batch_size=2, cap=12)}
 
-# %% ../nbs/10_demo.ipynb #fddb6798
+# %% ../nbs/10_demo.ipynb #e17fc4c4
 def demo_tasks(plan: Plan) -> tuple[Task, ...]:
     "The train-fold tasks whose experts are asked, spread over each type's variations."
     wanted = [(t, plan.easy) for t in plan.easy_types] + [(t, plan.hard) for t in plan.types]
     return tuple(task for task_type, n in wanted for task in spread(scienceworld_tasks("train", [task_type]), n))
 
-# %% ../nbs/10_demo.ipynb #b4f8db78
+# %% ../nbs/10_demo.ipynb #0f5f5a83
 def demo_panel(plan: Plan) -> Panel:
     "The fixed panel `demo`, or the part of it that the plan names."
     whole = panel("demo")
@@ -70,7 +70,7 @@ def demo_panel(plan: Plan) -> Panel:
     caps = {t: min(plan.cap or c, c) for t, c in whole.caps.items() if t in plan.types}
     return replace(whole, name="demo-part", tasks=tuple(t for t in whole.tasks if t.type in plan.types), caps=caps)
 
-# %% ../nbs/10_demo.ipynb #9b77d4e6
+# %% ../nbs/10_demo.ipynb #7e8b3108
 def gather(plan: Plan, folder: Path, workers: int = 2, progress: bool = True) -> Store:
     "The store of the plan's expert episodes, with what was missing played."
     tasks = demo_tasks(plan)
@@ -79,7 +79,7 @@ def gather(plan: Plan, folder: Path, workers: int = 2, progress: bool = True) ->
     if report.failed: (folder / "left-out.json").write_text(json.dumps({str(t): reason for t, reason in report.failed}, indent=1))
     return store
 
-# %% ../nbs/10_demo.ipynb #4e63ec60
+# %% ../nbs/10_demo.ipynb #810d6009
 def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
         encoder,  # a `PromptEncoder`
         progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
@@ -94,7 +94,7 @@ def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str
     equal_budget(reports["lora"], reports["exprag-lora"])
     return reports
 
-# %% ../nbs/10_demo.ipynb #0f720e0b
+# %% ../nbs/10_demo.ipynb #122d8c09
 class Pool:
     "Lends environments; what is closed is lent again."
     def __init__(self, make: Callable): self.make, self.idle, self.all = make, [], []
@@ -110,7 +110,7 @@ class Pool:
     def __exit__(self, *error):
         for env in self.all: env.close()
 
-# %% ../nbs/10_demo.ipynb #fdf42ec9
+# %% ../nbs/10_demo.ipynb #3d695aa7
 class Lent:
     "An environment on loan."
     def __init__(self, env, pool: Pool): self._env, self._pool = env, pool
@@ -120,21 +120,22 @@ class Lent:
         if self._env is not None: self._pool.idle.append(self._env)
         self._env = None
 
-# %% ../nbs/10_demo.ipynb #a1b215e7
+# %% ../nbs/10_demo.ipynb #fbbad5c0
 def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: Path, model: str, progress: bool = True):  # -> Results
     "Evaluate every condition of the plan on its panel; what is on disk is not played again."
     base = Manifest.read(model_path(model)) if Path(model_path(model), "manifest.json").exists() else Manifest("pretraining", model, known=False)
     tasks, adapters = demo_panel(plan), {"none": None, **{name: report.adapter for name, report in reports.items()}}
     with Pool(lambda: ScienceWorldEnv(tasks.settings["simplification"])) as pool:
+        runs = []
         for name in plan.conditions:
             chosen = condition(name, k=plan.k, seed=plan.seed)
             policy = HFPolicy.from_pretrained(model, adapters[chosen.adapter], batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens)
             manifests = [base] if chosen.adapter == "none" else [reports[chosen.adapter].manifest]
-            evaluate(chosen, tasks, folder / "episodes", policy, memory_for(chosen, retriever, adapted=plan.adapted), manifests,
-                     env_factory=pool.lend, progress=progress)
-    return load_results(folder / "episodes", tasks.name, plan.conditions)
+            runs.append(evaluate(chosen, tasks, folder / "episodes", policy, memory_for(chosen, retriever, adapted=plan.adapted), manifests,
+                                 env_factory=pool.lend, progress=progress))
+    return Results(tuple(runs))
 
-# %% ../nbs/10_demo.ipynb #c3208fd3
+# %% ../nbs/10_demo.ipynb #8e19d44b
 def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on with
          plan: Plan = Plan(), model: str = "nano",  # 'nano', a folder, or a name on the hub
          encoder: str | None = None,  # sentence encoder: None is the one in the package
@@ -145,25 +146,25 @@ def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on wi
     import torch
     torch.set_num_threads(threads)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     recipe_name = recipe or ("nano" if model == "nano" else "paper")
     fixed = {"max_steps": plan.steps, "seed": plan.seed} if recipe_name == "nano" else {"seed": plan.seed}
     chosen = replace(RECIPES[known(recipe_name, tuple(RECIPES), "recipe")], **fixed)
+    writer = HFPolicy.from_pretrained(model, batch_size=1).encoder  # a model that cannot be had is an error before anything is played
+    folder.mkdir(parents=True, exist_ok=True)
     with gather(plan, folder, progress=progress) as store:
         retriever = Retriever(store, SentenceEncoder(encoder))
         retriever.load(folder / "experience.index")
-        writer = HFPolicy.from_pretrained(model, batch_size=1).encoder
         reports = fit(plan, store, retriever, folder, model, chosen, writer, progress, threads)
         results = compare_conditions(plan, retriever, reports, folder, model, progress)
     write_report(folder, plan, results, reports)
     return results
 
-# %% ../nbs/10_demo.ipynb #c65caf6a
+# %% ../nbs/10_demo.ipynb #f24f8b06
 def write_report(folder: Path, plan: Plan, results, reports: dict) -> None:
     "The tables as text, the figure, and what the two adapters cost."
     import matplotlib.pyplot as plt
     budget = equal_budget(reports["lora"], reports["exprag-lora"])
-    text = "\n\n".join([str(results_table(results, seconds=True)), str(types_table(results)), str(contrast_table(results)), str(budget),
+    text = "\n\n".join([str(results_table(results)), str(types_table(results)), str(contrast_table(results)), str(budget),
                         "Left out of the panel: " + ", ".join(MENDELIAN_TYPES) + " (about a minute an episode)."])
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")

@@ -7,20 +7,20 @@ __all__ = ['NOT_PLAYED', 'JOINER', 'PAD', 'END', 'ROLES', 'CHAT_TEMPLATE', 'TEMP
            'play_texts', 'Document', 'Words', 'periodic', 'repeats', 'InventedWorld', 'procedures', 'carry_out',
            'plays', 'Phase', 'curriculum']
 
-# %% ../nbs/09a_lookup.ipynb #32d6d7ec
+# %% ../nbs/09a_lookup.ipynb #d280f772
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-# %% ../nbs/09a_lookup.ipynb #5e0190c1
+# %% ../nbs/09a_lookup.ipynb #9773fa65
 from .environment import ACTION_TEMPLATES, ScienceWorldEnv, side
 from .trajectory import Step, Task, Trajectory
 
-# %% ../nbs/09a_lookup.ipynb #d3c5c83b
+# %% ../nbs/09a_lookup.ipynb #6f1eaf62
 NOT_PLAYED = ("reset", "task", "focus", "read")  # first words of actions that random play leaves out
 
-# %% ../nbs/09a_lookup.ipynb #ba873c1e
+# %% ../nbs/09a_lookup.ipynb #0ca682e5
 def random_play(env: ScienceWorldEnv, task: Task,  # where: an easy task of the train fold
                 seed: int = 0,  # another seed plays another episode
                 steps: tuple[int, int] = (12, 40)  # shortest and longest episode
@@ -46,14 +46,14 @@ def random_play(env: ScienceWorldEnv, task: Task,  # where: an easy task of the 
     done = Trajectory(task, info["goal"], first, tuple(played), world_version=env.world_version, settings=env.settings)
     return done.finish(info["score"], info["success"], actor="random", seed=seed)
 
-# %% ../nbs/09a_lookup.ipynb #29b1f2a7
+# %% ../nbs/09a_lookup.ipynb #87bb808c
 JOINER = "\ue000"  # private use: stands where a word begins without a space before it
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 CHAT_TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
-# %% ../nbs/09a_lookup.ipynb #32e65eb8
+# %% ../nbs/09a_lookup.ipynb #406e27f0
 def train_tokenizer(texts: Iterable[str],  # what it should be good at
                     size: int = 2048  # tokens at most
                    ):  # -> PreTrainedTokenizerFast
@@ -74,14 +74,14 @@ def train_tokenizer(texts: Iterable[str],  # what it should be good at
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
-# %% ../nbs/09a_lookup.ipynb #38108939
+# %% ../nbs/09a_lookup.ipynb #3c5595b1
 TEMPLATE_WEIGHT = 50  # times the action templates count in the tokenizer's text, so that no verb falls to pieces
 def play_texts(trajectories: Iterable[Trajectory]) -> list[str]:
     "What random play has to say to a tokenizer."
     texts = [text for t in trajectories for text in (t.goal, t.first_observation, *(x for s in t.steps for x in (s.action, s.observation)))]
     return texts + ["; ".join(ACTION_TEMPLATES)] * TEMPLATE_WEIGHT
 
-# %% ../nbs/09a_lookup.ipynb #d1c4dcb1
+# %% ../nbs/09a_lookup.ipynb #002ef78a
 @dataclass
 class Document:
     "Token ids, and which of them what stands before determines."
@@ -97,7 +97,7 @@ class Document:
         "The first `length` tokens."
         return Document(self.ids[:length], self.mask[:length])
 
-# %% ../nbs/09a_lookup.ipynb #7534ba28
+# %% ../nbs/09a_lookup.ipynb #e21ce072
 class Words:
     "What the generators need of a tokenizer: control tokens, whole words, and observations to mix in."
     def __init__(self, tokenizer, play: Sequence[Trajectory]):
@@ -117,7 +117,7 @@ class Words:
         document.add([self.role[role]])
         document.add([*ids, self.end], supervised)
 
-# %% ../nbs/09a_lookup.ipynb #87f37f56
+# %% ../nbs/09a_lookup.ipynb #e1ac5478
 def periodic(chance: random.Random, words: Words, length: int) -> Document:
     "Phrases from a small vocabulary, each said three to seven times in a row."
     document, pool = Document(), [chance.choice(words.pool) for _ in range(chance.randint(24, 200))]
@@ -129,7 +129,7 @@ def periodic(chance: random.Random, words: Words, length: int) -> Document:
             document.add(phrase[1:], 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #9fd021b1
+# %% ../nbs/09a_lookup.ipynb #884b49b7
 def repeats(chance: random.Random, words: Words, length: int,
             phrase: tuple[int, int] = (8, 64),  # shortest and longest phrase, in tokens
             gap: int = 0  # noise after each phrase, in tokens at most
@@ -147,7 +147,7 @@ def repeats(chance: random.Random, words: Words, length: int,
         document.add([chance.choice(pool) for _ in range(chance.randint(0, gap))])
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #d8336b7e
+# %% ../nbs/09a_lookup.ipynb #e3b7259c
 class InventedWorld:
     "Verbs, nouns and answers made of random words."
     def __init__(self, chance: random.Random, words: Words):
@@ -194,12 +194,13 @@ class InventedWorld:
         start = self.chance.randrange(max(1, len(seen) - 60))
         return action, seen[start:start + (self.chance.randint(16, 90) if long else self.chance.randint(8, 24))]
 
-# %% ../nbs/09a_lookup.ipynb #39eb32ac
+# %% ../nbs/09a_lookup.ipynb #98382838
 def procedures(chance: random.Random, words: Words, length: int,
                renamed: float = 0.35,  # probability that a noun of the goal is another than in the list
                steps: tuple[int, int] = (4, 16), listed: tuple[int, int] = (1, 3),  # steps of a procedure; procedures listed
                interrupted: float = 0.08,  # probability of an action that the list does not have
                carried_out: int = 2,  # how many times somebody carries one out
+               once: bool = False,  # each procedure once at most, so that only the list can be copied from
                long: bool | None = None  # long observations; None: a coin decides
               ) -> Document:
     "A chat: procedures are listed, and then carried out with other nouns; what the list determines is supervised."
@@ -219,8 +220,7 @@ def procedures(chance: random.Random, words: Words, length: int,
             text += opener + action + (divider + seen[:cue] if cue else [])
         text += [words.newline]
     words.turn(document, "system", text)
-    for _ in range(carried_out):
-        plan, goal, nouns = chance.choice(shelf)
+    for plan, goal, nouns in chance.sample(shelf, min(carried_out, len(shelf))) if once else (chance.choice(shelf) for _ in range(carried_out)):
         nouns = [world.name() if chance.random() < renamed else noun for noun in nouns]
         first = goal(nouns) + ([words.newline] + chance.choice(words.views)[:chance.randint(5, 100 if long else 20)] if chance.random() < 0.5 else [])
         words.turn(document, "user", first)
@@ -228,7 +228,7 @@ def procedures(chance: random.Random, words: Words, length: int,
         if len(document.ids) > length: break
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #9ba7e27b
+# %% ../nbs/09a_lookup.ipynb #8a614995
 def carry_out(chance: random.Random, world: InventedWorld, document: Document, plan: list, nouns: list,
               interrupted: float, long: bool):
     "Append the turns of somebody who follows a plan, with interruptions that are not supervised."
@@ -241,7 +241,7 @@ def carry_out(chance: random.Random, world: InventedWorld, document: Document, p
         world.words.turn(document, "assistant", action, known)
         if following: world.words.turn(document, "user", seen)
 
-# %% ../nbs/09a_lookup.ipynb #f8a7b137
+# %% ../nbs/09a_lookup.ipynb #6b7aa46a
 def plays(chance: random.Random, words: Words, length: int) -> Document:
     "An episode of random play as a chat."
     document, (first, *turns) = Document(), chance.choice(words.play)
@@ -251,7 +251,7 @@ def plays(chance: random.Random, words: Words, length: int) -> Document:
         words.turn(document, "user", observation, 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #57062198
+# %% ../nbs/09a_lookup.ipynb #a8cb7c2e
 @dataclass(frozen=True)
 class Phase:
     "A stretch of the curriculum: documents are drawn from `mix` until so many tokens were read."
@@ -264,12 +264,15 @@ class Phase:
         name, _, generator = chance.choices(self.mix, [share for _, share, _ in self.mix])[0]
         return name, generator(chance, words, self.length)
 
-# %% ../nbs/09a_lookup.ipynb #340fbbea
+# %% ../nbs/09a_lookup.ipynb #b8491e69
 def curriculum(tokens: int = 6_000_000  # to read in all
               ) -> tuple[Phase, ...]:
-    "Repeats, then procedures with their own nouns, then everything."
+    "Repeats, then procedures with their own nouns, then everything, then many short procedures side by side."
     early = partial(procedures, renamed=0.0, steps=(3, 8), listed=(1, 2), interrupted=0.05, carried_out=3, long=False)
+    dense = partial(procedures, steps=(3, 8), listed=(3, 5), carried_out=5, once=True, long=False)
     return (Phase(int(0.10 * tokens), 256, (("periodic", 0.7, periodic), ("repeats", 0.3, partial(repeats, phrase=(8, 32))))),
             Phase(int(0.28 * tokens), 512, (("repeats", 0.25, repeats), ("play", 0.10, plays), ("procedures", 0.65, early))),
-            Phase(tokens, 1024, (("repeats", 0.12, repeats), ("play", 0.20, plays),
-                                 ("procedures", 0.13, partial(procedures, renamed=0.0)), ("renamed", 0.55, procedures))))
+            Phase(int(0.55 * tokens), 1024, (("repeats", 0.12, repeats), ("play", 0.20, plays),
+                                             ("procedures", 0.13, partial(procedures, renamed=0.0)), ("renamed", 0.55, procedures))),
+            Phase(tokens, 768, (("repeats", 0.08, repeats), ("play", 0.12, plays), ("procedures", 0.30, partial(dense, renamed=0.0)),
+                                ("renamed", 0.35, dense), ("long", 0.15, procedures))))

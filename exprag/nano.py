@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHT', 'look_back', 'Shape', 'new_model', 'Pretraining', 'optimisers', 'batch_of', 'predict', 'learn',
-           'gather_play', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'finish', 'nano_path', 'load_nano', 'main',
-           'lookup_accuracy']
+           'gather_play', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'as_llama', 'finish', 'nano_path',
+           'load_nano', 'main', 'lookup_accuracy']
 
-# %% ../nbs/09b_small_model.ipynb #33ea23f4
+# %% ../nbs/09b_small_model.ipynb #221bf224
 import json
 import math
 import os
@@ -17,16 +17,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #99fe7d2f
+# %% ../nbs/09b_small_model.ipynb #93981231
 from .environment import EASY_TYPES, scienceworld_tasks
 from .expert import collect
 from .lookup import Document, Words, curriculum, periodic, play_texts, plays, procedures, random_play, repeats, train_tokenizer
 from .sft import Manifest
 from .trajectory import read_jsonl, write_jsonl
 
-# %% ../nbs/09b_small_model.ipynb #98042576
+# %% ../nbs/09b_small_model.ipynb #911c011a
 def look_back(model,  # a Qwen2ForCausalLM
               distances: Sequence[int] = (1, 2, 3),  # one head each, from the first on
               sharpness: float = 6.0,  # the score at the distance, in units of one frequency
@@ -46,7 +47,7 @@ def look_back(model,  # a Qwen2ForCausalLM
             attention.k_proj.bias[where] = torch.cat([fast, torch.zeros(size // 2)])
             attention.q_proj.bias[where] = torch.cat([fast * torch.cos(theta * distance), -fast * torch.sin(theta * distance)])
 
-# %% ../nbs/09b_small_model.ipynb #da5ebe57
+# %% ../nbs/09b_small_model.ipynb #f6413146
 @dataclass(frozen=True)
 class Shape:
     "The size of a small model."
@@ -57,7 +58,7 @@ class Shape:
     look_back: tuple[int, ...] = (1, 2, 3)  # distances at which heads of the first layer begin to look; (): none
     context: int = 8192  # positions
 
-# %% ../nbs/09b_small_model.ipynb #233a9bd9
+# %% ../nbs/09b_small_model.ipynb #98706cb0
 def new_model(tokenizer, shape: Shape = Shape(), seed: int = 0):
     "An untrained Qwen2 model of a shape, for a tokenizer."
     import torch
@@ -71,10 +72,10 @@ def new_model(tokenizer, shape: Shape = Shape(), seed: int = 0):
     look_back(model, shape.look_back)
     return model
 
-# %% ../nbs/09b_small_model.ipynb #5f41cc6d
+# %% ../nbs/09b_small_model.ipynb #2c901786
 WEIGHT = {"play": 0.25}  # of a kind of document in the loss; 1 where not named
 
-# %% ../nbs/09b_small_model.ipynb #fc2593a8
+# %% ../nbs/09b_small_model.ipynb #886b04ac
 @dataclass(frozen=True)
 class Pretraining:
     "The recipe of a pre-training run."
@@ -89,7 +90,7 @@ class Pretraining:
     seed: int = 0
     autocast: bool = True  # bfloat16 where PyTorch's autocast uses it
 
-# %% ../nbs/09b_small_model.ipynb #e9d2af52
+# %% ../nbs/09b_small_model.ipynb #b49de148
 def optimisers(model, recipe: Pretraining) -> list:
     "Muon for matrices, AdamW for the rest."
     import torch
@@ -98,7 +99,7 @@ def optimisers(model, recipe: Pretraining) -> list:
     return [torch.optim.Muon(matrices, lr=recipe.lr_matrices, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original"),
             torch.optim.AdamW(others, lr=recipe.lr_others, betas=(0.9, 0.95), weight_decay=0.0)]
 
-# %% ../nbs/09b_small_model.ipynb #79d72679
+# %% ../nbs/09b_small_model.ipynb #e412ea1b
 def batch_of(documents: Sequence[Document], pad: int):
     "Token ids and labels, padded to the longest; labels are -100 where nothing is supervised."
     import torch
@@ -109,7 +110,7 @@ def batch_of(documents: Sequence[Document], pad: int):
         labels[row, :len(document.ids)] = torch.where(torch.tensor(document.mask) == 1, torch.tensor(document.ids), -100)
     return ids, labels
 
-# %% ../nbs/09b_small_model.ipynb #6d7c4abf
+# %% ../nbs/09b_small_model.ipynb #dffa61bc
 def predict(model, documents: Sequence[Document],
             autocast: bool = True):  # -> (loss of each supervised token, whether it was right, row of its document)
     "Run the model over documents, computing scores for the supervised tokens only."
@@ -122,7 +123,7 @@ def predict(model, documents: Sequence[Document],
     wanted = labels[labels != -100]
     return torch.nn.functional.cross_entropy(scores, wanted, reduction="none"), scores.argmax(-1) == wanted, torch.nonzero(labels != -100)[:, 0]
 
-# %% ../nbs/09b_small_model.ipynb #eb65c2f6
+# %% ../nbs/09b_small_model.ipynb #2f3da194
 def learn(model, steppers: list, kinds: Sequence[str], documents: Sequence[Document], recipe: Pretraining,
           speed: float = 1.0  # factor of the learning rates
          ) -> dict[str, tuple[float, int]]:  # kind -> (right, supervised tokens)
@@ -139,7 +140,7 @@ def learn(model, steppers: list, kinds: Sequence[str], documents: Sequence[Docum
     return {kind: (int(right[of].sum()), int(of.sum())) for kind in set(kinds)
             for of in [torch.isin(rows, torch.tensor([n for n, k in enumerate(kinds) if k == kind], device=rows.device))]}
 
-# %% ../nbs/09b_small_model.ipynb #3a30a262
+# %% ../nbs/09b_small_model.ipynb #6b0d0968
 def gather_play(path: Path, recipe: Pretraining, workers: int = 1):
     "Random episodes of easy train tasks, spread over each type; kept in a file and read from there the next time."
     if not path.exists():
@@ -153,7 +154,7 @@ def gather_play(path: Path, recipe: Pretraining, workers: int = 1):
     if rejected: raise ValueError(f"{path} is damaged: {rejected[0]}; delete it and it is made again")
     return trajectories
 
-# %% ../nbs/09b_small_model.ipynb #1b3f4385
+# %% ../nbs/09b_small_model.ipynb #a297cbf9
 def save_checkpoint(folder: Path, model, steppers: list, progress: dict):
     "Weights and optimiser state as safetensors, swapped in whole."
     from safetensors.torch import save_file
@@ -164,7 +165,7 @@ def save_checkpoint(folder: Path, model, steppers: list, progress: dict):
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, folder / "checkpoint.part", {"progress": json.dumps(progress)})
     os.replace(folder / "checkpoint.part", folder / "checkpoint.safetensors")
 
-# %% ../nbs/09b_small_model.ipynb #618243f8
+# %% ../nbs/09b_small_model.ipynb #023d2824
 def load_checkpoint(folder: Path, model, steppers: list) -> dict | None:  # progress; None: there is no checkpoint
     "Put a checkpoint's weights and optimiser state in place."
     import torch
@@ -180,7 +181,7 @@ def load_checkpoint(folder: Path, model, steppers: list) -> dict | None:  # prog
             stepper.load_state_dict({"state": state, "param_groups": stepper.state_dict()["param_groups"]})
         return json.loads(file.metadata()["progress"])
 
-# %% ../nbs/09b_small_model.ipynb #d7adef2a
+# %% ../nbs/09b_small_model.ipynb #1af01dba
 def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
              recipe: Pretraining = Pretraining(), shape: Shape = Shape(),
              threads: int = 1,  # of PyTorch
@@ -225,11 +226,26 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
         return folder
     return finish(folder, model, tokenizer, recipe, shape)
 
-# %% ../nbs/09b_small_model.ipynb #1a4c3b31
+# %% ../nbs/09b_small_model.ipynb #9262247b
+def as_llama(model  # a Qwen2ForCausalLM without sliding windows
+            ):  # -> LlamaForCausalLM
+    "The same model under another name: Llama with biases, the one that Qwen2 has not being zero."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+              "max_position_embeddings", "tie_word_embeddings", "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id")
+    twin = LlamaForCausalLM(LlamaConfig(attention_bias=True, mlp_bias=False, **{name: getattr(model.config, name) for name in shared}))
+    with torch.no_grad():
+        for layer in twin.model.layers: layer.self_attn.o_proj.bias.zero_()
+    missing = twin.load_state_dict(model.state_dict(), strict=False)
+    if missing.unexpected_keys or any(not name.endswith("o_proj.bias") for name in missing.missing_keys): raise ValueError(f"not alike: {missing}")
+    return twin.eval()
+
+# %% ../nbs/09b_small_model.ipynb #f0426120
 def finish(folder: Path, model, tokenizer, recipe: Pretraining, shape: Shape) -> Path:
     "Write the finished model with its recipe, its manifest and the hashes of what went into it."
     done = folder / "model"
-    model.to("cpu").float().save_pretrained(done)
+    as_llama(model.to("cpu").float()).save_pretrained(done)
     tokenizer.save_pretrained(done)
     play = read_jsonl(folder / "play.jsonl")[0]
     tasks, contents = tuple(t.task for t in play), tuple(t.id for t in play)
@@ -240,12 +256,12 @@ def finish(folder: Path, model, tokenizer, recipe: Pretraining, shape: Shape) ->
     (done / "pretraining.json").write_text(json.dumps({"recipe": asdict(recipe), "shape": asdict(shape), "sha256": hashes, "log": log}, indent=1))
     return done
 
-# %% ../nbs/09b_small_model.ipynb #e41e5ad2
+# %% ../nbs/09b_small_model.ipynb #d379e92d
 def nano_path() -> Path:
     "Where the package keeps its small model."
-    return Path(__file__).parent / "assets" / "nano"
+    return Path(str(files("exprag"))) / "assets" / "nano"
 
-# %% ../nbs/09b_small_model.ipynb #e6825eab
+# %% ../nbs/09b_small_model.ipynb #26d86cc4
 def load_nano(path: str | os.PathLike | None = None):  # -> (model, tokenizer)
     "The small model and its tokenizer."
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -253,7 +269,7 @@ def load_nano(path: str | os.PathLike | None = None):  # -> (model, tokenizer)
     if not (place / "model.safetensors").exists(): raise FileNotFoundError(f"there is no small model in {place}; make one with `python -m exprag.nano OUT_DIR`")
     return AutoModelForCausalLM.from_pretrained(place, use_safetensors=True), AutoTokenizer.from_pretrained(place)
 
-# %% ../nbs/09b_small_model.ipynb #7fd0cfa8
+# %% ../nbs/09b_small_model.ipynb #452269de
 def main(arguments: Sequence[str] | None = None):
     "`python -m exprag.nano OUT_DIR`: make the small model again."
     import argparse
@@ -265,10 +281,10 @@ def main(arguments: Sequence[str] | None = None):
     given = parser.parse_args(arguments)
     print(pretrain(given.out, Pretraining(tokens=given.tokens), threads=given.threads, device=given.device))
 
-# %% ../nbs/09b_small_model.ipynb #918aeac2
+# %% ../nbs/09b_small_model.ipynb #1be3ee69
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/09b_small_model.ipynb #6e101f9c
+# %% ../nbs/09b_small_model.ipynb #483be278
 def lookup_accuracy(model, generator: Callable[[random.Random], Document],  # makes one document
                     documents: int = 32, batch: int = 8, seed: int = 10**6  # far from the seeds of training
                    ) -> tuple[float, float]:  # of tokens, of whole supervised runs (an action and its end; a phrase)

@@ -172,7 +172,7 @@ def read_frame(render,  # (messages, add_generation_prompt) -> text
         raise PromptError(f"ends an action with {end.group()!r} within a conversation but with {closed[-1]!r} at its end")
     return Frame(head[0], head[1] if system else FOLD, tail, ask[len(tail):], end.group(), answer[end.end():])
 
-# %% ../nbs/05a_prompt.ipynb #b5d01c18
+# %% ../nbs/05a_prompt.ipynb #b505cdff
 def frame_of(tokenizer, template: str | None,  # a tokenizer, and the chat template to read
              control: re.Pattern,  # matches a control token
              **settings  # for the template
@@ -194,7 +194,7 @@ class Encoded(NamedTuple):
     ids: list[int]  # token ids
     mask: list[int]  # 1 where the policy wrote the token (an action and its end-of-turn), else 0
 
-# %% ../nbs/05a_prompt.ipynb #6a3e51b6
+# %% ../nbs/05a_prompt.ipynb #3f6d3bf6
 class PromptEncoder:
     "Writes episodes in tokens, turn by turn, in a model's own chat template."
 
@@ -208,6 +208,10 @@ class PromptEncoder:
         self.end_of_turn = self.plain.control[ends.strip()]  # id of the token that ends an action
         if ends == ends.strip() and tokenizer(ends + "a b", add_special_tokens=False)["input_ids"][0] == self.end_of_turn:
             self.plain.anchor = ends
+        sample = "open door to kitchen"
+        if (back := tokenizer.decode(self.plain.encode(sample)).strip()) != sample:
+            raise PromptError(f"{tokenizer.name_or_path!r} does not keep text: {sample!r} comes back as {back!r}; if its folder has a tokenizer.json, "
+                              "load it as that file says, PreTrainedTokenizerFast.from_pretrained(folder), or see exprag.agent.load_tokenizer")
 
     def write(self, *pieces: tuple[str, bool]  # (text, whether it is the template's, so that its control tokens count)
               ) -> list[int]:

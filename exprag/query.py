@@ -7,7 +7,7 @@ __all__ = ['KEYS', 'MAGIC', 'goal', 'key_function', 'Encoder', 'chunks', 'TextTo
            'load_sentence_model', 'SentenceEncoder', 'Hit', 'faiss_threads', 'ExactIndex', 'IndexMismatch',
            'write_index', 'read_index', 'embed_missing', 'Retriever']
 
-# %% ../nbs/03_query.ipynb #70d126d1
+# %% ../nbs/03_query.ipynb #0c44c5c4
 import json
 import os
 import tempfile
@@ -23,12 +23,12 @@ import numpy as np
 from .store import Store, id_set_hash
 from .trajectory import Trajectory
 
-# %% ../nbs/03_query.ipynb #5a86a31e
+# %% ../nbs/03_query.ipynb #78013b90
 def goal(trajectory: Trajectory) -> str:
     "What the agent was asked to do."
     return trajectory.goal
 
-# %% ../nbs/03_query.ipynb #7e1cf545
+# %% ../nbs/03_query.ipynb #d1540b81
 KEYS: dict[str, Callable[[Trajectory], str]] = {"goal": goal}
 
 def key_function(name: str  # a key of `KEYS`
@@ -38,7 +38,7 @@ def key_function(name: str  # a key of `KEYS`
         raise KeyError(f"key {name!r} is unknown; there are {', '.join(KEYS)}, and KEYS[{name!r}] = function adds yours")
     return KEYS[name]
 
-# %% ../nbs/03_query.ipynb #c9beb02a
+# %% ../nbs/03_query.ipynb #a6cfa763
 class Encoder(Protocol):
     "Text to vectors of length one."
     name: str  # identity, with a fingerprint
@@ -50,7 +50,7 @@ class Encoder(Protocol):
               ) -> np.ndarray:  # float32 [len(texts), dim], each row of length one
         ...
 
-# %% ../nbs/03_query.ipynb #2cd30656
+# %% ../nbs/03_query.ipynb #ad50b493
 def chunks(text: str,
            tokenizer,  # a fast tokenizer of transformers
            limit: int  # tokens a chunk
@@ -71,11 +71,11 @@ def chunks(text: str,
         begin = end
     return pieces
 
-# %% ../nbs/03_query.ipynb #608022fc
+# %% ../nbs/03_query.ipynb #c8977bb9
 class TextTooLong(ValueError):
     "A text that is longer than the encoder reads, where pooling was not wanted."
 
-# %% ../nbs/03_query.ipynb #d26cff72
+# %% ../nbs/03_query.ipynb #27670142
 def fingerprint_of(model,  # a SentenceTransformer
                    *more  # JSON values that decide the vectors too
                   ) -> str:  # 12 hex digits
@@ -91,7 +91,7 @@ def fingerprint_of(model,  # a SentenceTransformer
     digest.update(json.dumps([modules, state, *more], sort_keys=True).encode())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/03_query.ipynb #252fe522
+# %% ../nbs/03_query.ipynb #e848ded6
 @contextmanager
 def quiet_loading():
     "No progress bars while a model is loaded."
@@ -102,7 +102,7 @@ def quiet_loading():
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../nbs/03_query.ipynb #dd574237
+# %% ../nbs/03_query.ipynb #b2c08613
 def load_sentence_model(name_or_path: str | None,  # None: the bundled MiniLM
                         device: str | None  # None: the best there is
                        ):  # (SentenceTransformer, a label without this machine's paths)
@@ -120,7 +120,7 @@ def load_sentence_model(name_or_path: str | None,  # None: the bundled MiniLM
         raise ValueError(f"encoder {label!r} has no fast tokenizer, so that text cannot be split where it must be; choose another encoder")
     return model.eval(), label
 
-# %% ../nbs/03_query.ipynb #9fa45ac3
+# %% ../nbs/03_query.ipynb #013b430d
 class SentenceEncoder:
     "Any sentence-transformers model, with its prompts; long text is pooled or refused, never cut."
     def __init__(self, name_or_path: str | os.PathLike | None = None,  # None: the MiniLM that comes with the package
@@ -170,7 +170,7 @@ class SentenceEncoder:
             out /= np.linalg.norm(out, axis=1, keepdims=True)
         return out[[unique[text] for text in texts]]
 
-# %% ../nbs/03_query.ipynb #08a986cc
+# %% ../nbs/03_query.ipynb #c20dc03d
 @dataclass(frozen=True)
 class Hit:
     "An episode that a retriever found."
@@ -178,7 +178,7 @@ class Hit:
     score: float  # higher is nearer
     rank: int  # 1 is the nearest
 
-# %% ../nbs/03_query.ipynb #f2bc1d2c
+# %% ../nbs/03_query.ipynb #6520d56a
 @contextmanager
 def faiss_threads(count: int):  # for the block only
     "FAISS with so many threads."
@@ -188,7 +188,7 @@ def faiss_threads(count: int):  # for the block only
     try: yield faiss
     finally: faiss.omp_set_num_threads(before)
 
-# %% ../nbs/03_query.ipynb #68b09bce
+# %% ../nbs/03_query.ipynb #e5ad43a3
 class ExactIndex:
     "FAISS over (id, vector) pairs: exact inner products, filtered, with ties in a fixed order."
     DIGITS = 6  # scores are equal if they agree so far: float32 noise ends at the seventh
@@ -232,11 +232,11 @@ class ExactIndex:
         found = sorted((-round(float(s), self.DIGITS), self.ids[r]) for s, r in zip(exact, rows[0]))
         return [Hit(id, -score, rank) for rank, (score, id) in enumerate(found[:n], 1)]
 
-# %% ../nbs/03_query.ipynb #2e55167a
+# %% ../nbs/03_query.ipynb #0430f922
 class IndexMismatch(ValueError):
     "A saved index that was made with another encoder or key."
 
-# %% ../nbs/03_query.ipynb #9f7271a0
+# %% ../nbs/03_query.ipynb #77cb4e6a
 MAGIC = b"exprag index 1\n"
 
 def write_index(path: Path,
@@ -257,7 +257,7 @@ def write_index(path: Path,
         os.unlink(temporary)
         raise
 
-# %% ../nbs/03_query.ipynb #65c179e2
+# %% ../nbs/03_query.ipynb #8309a66c
 def read_index(path: Path,
                expected: dict,  # encoder, key, store
                threads: int  # of FAISS
@@ -282,7 +282,7 @@ def read_index(path: Path,
     index.flat = faiss.deserialize_index(np.frombuffer(body[size * length:], np.uint8))
     return index, ""
 
-# %% ../nbs/03_query.ipynb #48ba2c62
+# %% ../nbs/03_query.ipynb #b0a3c02a
 def embed_missing(store: Store,
                   encoder: Encoder,
                   key: str,  # a name in `KEYS`
@@ -297,7 +297,7 @@ def embed_missing(store: Store,
         store.put_vectors(encoder.name, key, dict(zip(part, vectors)))
     return len(missing)
 
-# %% ../nbs/03_query.ipynb #2a607f8a
+# %% ../nbs/03_query.ipynb #e14e2f08
 class Retriever:
     "Finds stored episodes near to where an agent stands."
     def __init__(self, store: Store,  # where experience lives

@@ -8,7 +8,7 @@ __all__ = ['COMPOSITIONS', 'FUNCTION_WORDS', 'WORD', 'LEAST_ALIKE', 'LONGEST_NOU
            'order', 'run_stages', 'Selection', 'Table', 'is_noun_like', 'replaced_pairs', 'noun_mapping', 'substitute',
            'adapt', 'adapt_to_goal', 'digest_of', 'with_adaptation', 'Memory', 'NoMemory']
 
-# %% ../nbs/04_select.ipynb #79dad726
+# %% ../nbs/04_select.ipynb #33022d78
 import difflib
 import json
 import re
@@ -23,7 +23,7 @@ from .query import Hit, Retriever
 from .store import Store, view as view_named
 from .trajectory import FrozenMap, Step, Task, Trajectory
 
-# %% ../nbs/04_select.ipynb #9eae4a86
+# %% ../nbs/04_select.ipynb #85f53493
 COMPOSITIONS = ("all", "easy", "hard", "matched", "mismatched", "empty")
 
 def composition(store: Store,
@@ -39,7 +39,7 @@ def composition(store: Store,
     types = [t for t in store.types(task.world) if side(t) == wanted]
     return frozenset(store.find(world=task.world, types=types, folds=["train"]))
 
-# %% ../nbs/04_select.ipynb #b3c1fb2f
+# %% ../nbs/04_select.ipynb #51035a76
 def same_task(a: Trajectory | Task,
               b: Trajectory | Task) -> bool:
     "Whether these are the same task (world, type, variation) or the same content."
@@ -47,13 +47,13 @@ def same_task(a: Trajectory | Task,
     first, second = (getattr(x, "task", x) for x in (a, b))
     return (first.world, first.type, first.variation) == (second.world, second.type, second.variation)
 
-# %% ../nbs/04_select.ipynb #21ff50de
+# %% ../nbs/04_select.ipynb #2850d652
 class Candidate(NamedTuple):
     "An episode that a retriever found, ready to be judged."
     hit: Hit  # id, score and rank
     experience: Trajectory  # what an agent would read
 
-# %% ../nbs/04_select.ipynb #1aa9edf9
+# %% ../nbs/04_select.ipynb #325efa03
 @dataclass(frozen=True)
 class Dropped:
     "A candidate that was not taken, and why."
@@ -63,7 +63,7 @@ class Dropped:
     hit: Hit | None = None  # how near it was
     task: Task | None = None  # whose episode it is
 
-# %% ../nbs/04_select.ipynb #44ceedfa
+# %% ../nbs/04_select.ipynb #b2f87611
 @dataclass(frozen=True)
 class Stage:
     "A named step of the selection."
@@ -84,21 +84,21 @@ class Stage:
         "Name and settings, as JSON."
         return {"stage": self.name, **self.settings}
 
-# %% ../nbs/04_select.ipynb #a8742f1b
+# %% ../nbs/04_select.ipynb #e7527cab
 def exclude_same_task() -> Stage:
     "Drop episodes of the agent's own task, and its own content."
     def run(trajectory, candidates):
         return [(c, "it is the task at hand" if same_task(trajectory, c.experience) else None) for c in candidates]
     return Stage("exclude_same_task", run)
 
-# %% ../nbs/04_select.ipynb #b646ea39
+# %% ../nbs/04_select.ipynb #f54166dd
 def successes_only() -> Stage:
     "Drop episodes that failed, or of which nobody knows how they ended."
     words = {False: "it failed", None: "how it ended is not known"}
     def run(trajectory, candidates): return [(c, words.get(c.experience.success)) for c in candidates]
     return Stage("successes_only", run)
 
-# %% ../nbs/04_select.ipynb #2e7ac782
+# %% ../nbs/04_select.ipynb #0f0f9ea9
 def top_k(k: int  # how many to keep; 0 is legal
          ) -> Stage:
     "Keep the first `k`."
@@ -106,12 +106,12 @@ def top_k(k: int  # how many to keep; 0 is legal
     def run(trajectory, candidates): return [(c, None if i < k else f"{k} were nearer") for i, c in enumerate(candidates)]
     return Stage("top_k", run, FrozenMap({"k": k}), limits=True)
 
-# %% ../nbs/04_select.ipynb #6cc7d5ea
+# %% ../nbs/04_select.ipynb #8761b9c4
 def label_of(count: Callable) -> str:  # for descriptions
     "What a function is called: its `name` if it has one, otherwise module and name."
     return getattr(count, "name", None) or f"{getattr(count, '__module__', '')}.{getattr(count, '__qualname__', type(count).__qualname__)}"
 
-# %% ../nbs/04_select.ipynb #1124a511
+# %% ../nbs/04_select.ipynb #16daff48
 def token_budget(max_tokens: int,  # for all experiences together
                  count: Callable[[str], int],  # tokens of a text, by the agent's tokenizer
                  view: str = "actions",  # a key of `exprag.store.VIEWS`
@@ -128,7 +128,7 @@ def token_budget(max_tokens: int,  # for all experiences together
         return judged
     return Stage("token_budget", run, FrozenMap({"max_tokens": max_tokens, "view": view, "count": label or label_of(count)}), limits=True)
 
-# %% ../nbs/04_select.ipynb #c22fdf72
+# %% ../nbs/04_select.ipynb #5bfd0520
 def order(by: str = "nearest_first"  # or 'nearest_last': next to the agent's own history
          ) -> Stage:
     "Put the candidates in order of their rank."
@@ -137,7 +137,7 @@ def order(by: str = "nearest_first"  # or 'nearest_last': next to the agent's ow
         return [(c, None) for c in sorted(candidates, key=lambda c: c.hit.rank, reverse=by == "nearest_last")]
     return Stage("order", run, FrozenMap({"by": by}))
 
-# %% ../nbs/04_select.ipynb #90abf80e
+# %% ../nbs/04_select.ipynb #037a0650
 def run_stages(stages: Sequence[Stage],
                trajectory: Trajectory,  # where the agent stands
                candidates: Sequence[Candidate]  # nearest first
@@ -149,7 +149,7 @@ def run_stages(stages: Sequence[Stage],
         dropped += gone
     return kept, dropped
 
-# %% ../nbs/04_select.ipynb #f8ba367b
+# %% ../nbs/04_select.ipynb #503636ba
 @dataclass(frozen=True)
 class Selection:
     "What goes into the context, and what was left out and why."
@@ -177,7 +177,7 @@ class Selection:
                      tuple((str(r), f"{s:.3f}", i[:8], str(t), what, why) for r, s, i, t, what, why in rows[:most]),
                      len(rows) - len(rows[:most]))
 
-# %% ../nbs/04_select.ipynb #81b0d086
+# %% ../nbs/04_select.ipynb #d326b8a3
 class Table(NamedTuple):
     "Rows of text that print in columns."
     names: tuple[str, ...]
@@ -189,7 +189,7 @@ class Table(NamedTuple):
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (self.names, *self.rows)]
         return "\n".join(lines + [f"... and {self.more} more"] * bool(self.more))
 
-# %% ../nbs/04_select.ipynb #b8562834
+# %% ../nbs/04_select.ipynb #8ad672fc
 FUNCTION_WORDS = frozenset("""a an the this that these those it its his her their your my our you i we they he she and or but nor not no if then else when
     while until unless after before first next finally once of to in on at by for from with without into onto through between around near inside outside
     is are was were be been being do does did done has have had can could will would may might must should shall there here where which who what how why
@@ -198,12 +198,12 @@ WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 LEAST_ALIKE = 0.5  # share of words that two goals must have in common, in order, to be laid side by side
 LONGEST_NOUN = 4  # words of a phrase that may stand for another
 
-# %% ../nbs/04_select.ipynb #bae7fec7
+# %% ../nbs/04_select.ipynb #f10d1873
 def is_noun_like(word: str) -> bool:
     "Whether a word may be mapped: no function word, number or punctuation mark."
     return word[0].isalpha() and word.lower() not in FUNCTION_WORDS
 
-# %% ../nbs/04_select.ipynb #70544571
+# %% ../nbs/04_select.ipynb #9cef202c
 def replaced_pairs(old: Sequence[str],  # the words of a replaced span
                    new: Sequence[str]  # the words that stand in its place
                   ) -> list[tuple[str, str]]:
@@ -217,7 +217,7 @@ def replaced_pairs(old: Sequence[str],  # the words of a replaced span
     if clean and max(len(old), len(new)) <= LONGEST_NOUN and abs(len(old) - len(new)) <= 2: return [(" ".join(old), " ".join(new))]
     return [(a, b) for a, b in zip(old, new) if is_noun_like(a) and is_noun_like(b)] if len(old) == len(new) else []
 
-# %% ../nbs/04_select.ipynb #13547eaa
+# %% ../nbs/04_select.ipynb #16fc1aa8
 def noun_mapping(old_goal: str,  # of the experience
                  new_goal: str  # of the task at hand
                 ) -> dict[str, str]:  # lower case to the new words
@@ -233,7 +233,7 @@ def noun_mapping(old_goal: str,  # of the experience
     for (word, other), count in sorted(votes.items(), key=lambda item: (-item[1], item[0][1] is None)): mapping.setdefault(word, other)
     return {word: other for word, other in mapping.items() if other is not None and other.lower() != word.lower()}
 
-# %% ../nbs/04_select.ipynb #bd102c97
+# %% ../nbs/04_select.ipynb #20819b0e
 def substitute(text: str,
                mapping: Mapping[str, str]  # as `noun_mapping` gives it
               ) -> str:
@@ -246,7 +246,7 @@ def substitute(text: str,
         return new[0].upper() + new[1:] if match[0][0].isupper() else new
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", put, text)
 
-# %% ../nbs/04_select.ipynb #a92008bc
+# %% ../nbs/04_select.ipynb #9c72e668
 def adapt(experience: Trajectory,  # somebody's episode
           goal: str  # of the task at hand
          ) -> Trajectory:  # the same episode if nothing can be mapped
@@ -258,28 +258,28 @@ def adapt(experience: Trajectory,  # somebody's episode
     return replace(experience, goal=put(experience.goal), first_observation=put(experience.first_observation), steps=steps,
                    provenance={**experience.provenance, "adapted_from": experience.id, "mapping": mapping})
 
-# %% ../nbs/04_select.ipynb #50b62395
+# %% ../nbs/04_select.ipynb #3f4eb363
 def adapt_to_goal() -> Stage:
     "Put the nouns of the task at hand into each experience."
     def run(trajectory, candidates):
         return [(c._replace(experience=adapt(c.experience, trajectory.goal)), None) for c in candidates]
     return Stage("adapt_to_goal", run)
 
-# %% ../nbs/04_select.ipynb #5ff46339
+# %% ../nbs/04_select.ipynb #5f124ac5
 def digest_of(description: Mapping) -> str:  # 16 hex digits
     "A hash of a description."
     return sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_select.ipynb #937308ab
+# %% ../nbs/04_select.ipynb #d0038a20
 def with_adaptation(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     "The stages, with `adapt_to_goal` before the first token budget, or at the end."
     place = next((i for i, s in enumerate(stages) if s.name == "token_budget"), len(stages))
     return (*stages[:place], adapt_to_goal(), *stages[place:])
 
-# %% ../nbs/04_select.ipynb #ef47e5fe
+# %% ../nbs/04_select.ipynb #d95605c7
 DEFAULT_STAGES = (exclude_same_task(), successes_only(), top_k(2))  # the paper's default is two experiences
 
-# %% ../nbs/04_select.ipynb #c1f02c95
+# %% ../nbs/04_select.ipynb #b7e6df2c
 class Memory:
     "Experience for an agent: a retriever, a composition of the index, and stages."
     def __init__(self, retriever: Retriever,
@@ -319,7 +319,7 @@ class Memory:
 
     def __repr__(self): return f"Memory({self.composition!r}, {' > '.join(s.name for s in self.stages)}, view {self.view!r})"
 
-# %% ../nbs/04_select.ipynb #602ec1ef
+# %% ../nbs/04_select.ipynb #85fda18f
 class NoMemory:
     "Recalls nothing: the condition without retrieval, with the same face."
     view, composition = "actions", "empty"

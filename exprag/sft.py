@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MODEL_FILES', 'MANIFEST_KINDS', 'RUN_FORMAT', 'LABELS', 'match_targets', 'prepare_model', 'model_path',
            'model_fingerprint', 'Manifest', 'write_json', 'training_manifest', 'run_name', 'write_inputs', 'versions',
-           'RunReport', 'read_losses', 'last_checkpoint', 'bookkeeper', 'training_arguments', 'torch_threads', 'train',
-           'make_trainer', 'finish_run']
+           'RunReport', 'read_losses', 'last_checkpoint', 'step_line', 'bookkeeper', 'training_arguments',
+           'torch_threads', 'train', 'make_trainer', 'finish_run']
 
-# %% ../nbs/06b_sft.ipynb #30dbdc49
+# %% ../nbs/06b_sft.ipynb #2185584e
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ from .samples import (RECIPES, LeakError, Recipe, Sample, check_samples, collate
                             supervised_loss, token_losses)
 from .trajectory import Task, canonical_json
 
-# %% ../nbs/06b_sft.ipynb #4ca132c2
+# %% ../nbs/06b_sft.ipynb #e9173ccc
 def match_targets(model,  # the base model
                   recipe: Recipe  # its `targets` and `exclude`
                  ) -> dict[str, tuple[str, ...]]:  # for each pattern, the paths of the modules that it matches
@@ -44,15 +44,17 @@ def match_targets(model,  # the base model
                              "Name some of these in Recipe.targets")
     return found
 
-# %% ../nbs/06b_sft.ipynb #85644835
+# %% ../nbs/06b_sft.ipynb #e581dd4d
 def prepare_model(model_name: str,  # 'nano', a directory, or a name on the hub
                   recipe: Recipe):
     "The base model with a fresh adapter; only the adapter can be trained."
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(model_path(model_name), dtype=getattr(torch, recipe.weights))
-    model.config.use_cache = False  # no generation here
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    path = model_path(model_name)
+    causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING  # Ministral 3 is registered only as a model that also sees
+    model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(path, dtype=getattr(torch, recipe.weights), use_safetensors=True)
+    model.config.get_text_config().use_cache = False  # no generation here
     if recipe.checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
     found = match_targets(model, recipe)
     with torch.random.fork_rng():
@@ -61,13 +63,13 @@ def prepare_model(model_name: str,  # 'nano', a directory, or a name on the hub
                             target_modules=sorted({n for names in found.values() for n in names}))
         return get_peft_model(model, config)
 
-# %% ../nbs/06b_sft.ipynb #f2d39103
+# %% ../nbs/06b_sft.ipynb #f6b965d0
 def model_path(model_name: str  # 'nano', a directory, or a name on the hub
               ) -> str:
     "Where Transformers finds the model; 'nano' is the one in this package."
     return str(files("exprag")/"assets"/"nano") if model_name == "nano" else str(model_name)
 
-# %% ../nbs/06b_sft.ipynb #cac7f7bf
+# %% ../nbs/06b_sft.ipynb #28b0ca82
 def model_fingerprint(model_name: str  # 'nano', a directory, or a name on the hub
                      ) -> str:
     "Changes whenever the weights, the configuration or the tokenizer do."
@@ -86,7 +88,7 @@ def model_fingerprint(model_name: str  # 'nano', a directory, or a name on the h
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".bin")
 
-# %% ../nbs/06b_sft.ipynb #910e6516
+# %% ../nbs/06b_sft.ipynb #839e5ba2
 @dataclass(frozen=True)
 class Manifest:
     "Which tasks and which episodes went into an artefact."
@@ -128,7 +130,7 @@ class Manifest:
 
 MANIFEST_KINDS = ("tokenizer", "pretraining", "adapter", "index", "threshold")
 
-# %% ../nbs/06b_sft.ipynb #0207c925
+# %% ../nbs/06b_sft.ipynb #98748799
 def write_json(path, value) -> Path:
     "Writes JSON whole or not at all: to a file beside it first, then renamed."
     path = Path(path)
@@ -138,7 +140,7 @@ def write_json(path, value) -> Path:
     os.replace(part, path)
     return path
 
-# %% ../nbs/06b_sft.ipynb #70e09614
+# %% ../nbs/06b_sft.ipynb #9a5d8eba
 def training_manifest(name: str,  # of the adapter
                       samples: Sequence[Sample],  # everything that a gradient or a decision saw
                       model_name: str  # the base model, whose own manifest is inherited
@@ -149,7 +151,7 @@ def training_manifest(name: str,  # of the adapter
     return Manifest("adapter", name, tuple(t for s in samples for t in (s.task, *s.experience_tasks)),
                     tuple(i for s in samples for i in (s.source, *s.experience_ids) if i), (base,))
 
-# %% ../nbs/06b_sft.ipynb #01480973
+# %% ../nbs/06b_sft.ipynb #f580c5bc
 RUN_FORMAT = 1  # raised when the same inputs give another run: a change of plan, loss or seeding
 LABELS = ("name", "save_steps")  # recipe fields that do not change what is computed
 
@@ -159,7 +161,7 @@ def run_name(model_name: str, samples: Sequence[Sample], recipe: Recipe, dev_sam
                 "samples": [s.describe() for s in samples], "dev": [s.describe() for s in dev_samples]}
     return f"{recipe.name}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
 
-# %% ../nbs/06b_sft.ipynb #165f6894
+# %% ../nbs/06b_sft.ipynb #ebfff09d
 def write_inputs(path: Path,  # the run directory
                  model_name: str, samples: Sequence[Sample], recipe: Recipe, dev_samples: Sequence[Sample]) -> None:
     "Records what a run is made from, before it starts."
@@ -169,7 +171,7 @@ def write_inputs(path: Path,  # the run directory
     lines = [{"index": i, "use": use, **s.describe()} for use, group in (("train", samples), ("dev", dev_samples)) for i, s in enumerate(group)]
     (path/"data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-# %% ../nbs/06b_sft.ipynb #9633d793
+# %% ../nbs/06b_sft.ipynb #6ff7c3b8
 def versions() -> dict[str, str]:
     "The packages that a result may depend on."
     def found(name):
@@ -177,7 +179,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError: return "not installed"
     return {name: found(name) for name in ("exprag", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")}
 
-# %% ../nbs/06b_sft.ipynb #4c2028f6
+# %% ../nbs/06b_sft.ipynb #b17f09e9
 @dataclass(frozen=True)
 class RunReport:
     "A finished training run, read from its directory."
@@ -208,7 +210,7 @@ class RunReport:
         return cls(path, losses=tuple(l for l in lines if "loss" in l), dev_losses=tuple((l["step"], l["dev_loss"]) for l in lines if "dev_loss" in l),
                    reused=reused, **json.loads((path/"report.json").read_text(encoding="utf-8")))
 
-# %% ../nbs/06b_sft.ipynb #e66d98c3
+# %% ../nbs/06b_sft.ipynb #1ae6cdea
 def read_losses(path: Path,  # the run directory
                 up_to: int | None = None  # the last step that counts; None is all
                ) -> list[dict]:
@@ -220,14 +222,22 @@ def read_losses(path: Path,  # the run directory
         if up_to is None or line["step"] <= up_to: lines.append(line)
     return lines
 
-# %% ../nbs/06b_sft.ipynb #42dda3b4
+# %% ../nbs/06b_sft.ipynb #5cdbb9a0
 def last_checkpoint(path: Path  # the run directory
                    ) -> tuple[int, Path | None]:  # its step and place, or (0, None)
     "The newest checkpoint that was written to its end."
     whole = [(int(p.parent.name.rsplit("-", 1)[1]), p.parent) for p in path.glob("checkpoints/checkpoint-*/whole")]
     return max(whole, default=(0, None))
 
-# %% ../nbs/06b_sft.ipynb #498f38e4
+# %% ../nbs/06b_sft.ipynb #f5bdaaa8
+def step_line(step: int, logs: dict, tokens: Sequence[int], samples: Sequence[int], recipe: Recipe) -> dict:
+    "A line of losses.jsonl; FloatingPointError if the loss is no number."
+    if not math.isfinite(logs["loss"]):
+        raise FloatingPointError(f"the loss of step {step} is {logs['loss']}; lower lr ({recipe.lr:g}) or use weights='float32', then train again")
+    return dict(step=step, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=logs.get("grad_norm"), samples=list(samples),
+                **dict(zip(("supervised", "computed", "padded"), map(int, tokens))))
+
+# %% ../nbs/06b_sft.ipynb #ca81a49b
 def bookkeeper(path: Path,  # the run directory
                steps: Sequence[Sequence[int]],  # what `plan` gave
                tokens: np.ndarray,  # what `planned_tokens` gave
@@ -249,18 +259,14 @@ def bookkeeper(path: Path,  # the run directory
         def on_log(self, args, state, control, logs=None, model=None, **kw):
             if "loss" not in logs: return
             step, now = state.global_step, time.perf_counter()
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(f"the loss of step {step} is {logs['loss']}; lower lr ({recipe.lr:g}) or use weights='float32', then train again")
-            supervised, computed, padded = map(int, tokens[step - 1])
-            self.write(step=step, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=logs.get("grad_norm"), supervised=supervised,
-                       computed=computed, padded=padded, samples=list(steps[step - 1]), seconds=round(now - self.clock, 3))
+            self.write(**step_line(step, logs, tokens[step - 1], steps[step - 1], recipe), seconds=round(now - self.clock, 3))
             self.clock = now
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False); self.bar.update()
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            self.bar.update()
             if step == len(steps) or (recipe.dev_steps and step % recipe.dev_steps == 0): self.measure(step, model)
 
         def on_save(self, args, state, control, **kw):
             if self.main: (path/"checkpoints"/f"checkpoint-{state.global_step}"/"whole").touch()
-
         def on_train_end(self, args, state, control, **kw): self.bar.close()
 
         def measure(self, step, model):
@@ -273,7 +279,7 @@ def bookkeeper(path: Path,  # the run directory
             with open(path/"losses.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
     return Bookkeeper()
 
-# %% ../nbs/06b_sft.ipynb #2bad6b80
+# %% ../nbs/06b_sft.ipynb #4556bf54
 def training_arguments(recipe: Recipe,
                        steps: int,  # optimiser steps
                        path: Path):  # the run directory
@@ -290,11 +296,11 @@ def training_arguments(recipe: Recipe,
         learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule, warmup_steps=recipe.warmup, weight_decay=recipe.weight_decay,
         optim=recipe.optimizer, max_grad_norm=recipe.max_grad_norm, bf16=recipe.autocast, use_cpu=not gpu, seed=recipe.seed,
         train_sampling_strategy="sequential", remove_unused_columns=False, dataloader_pin_memory=gpu, logging_steps=1, logging_nan_inf_filter=False,
-        save_strategy="steps", save_steps=recipe.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True)
+        save_strategy="steps", save_steps=recipe.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False)
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, never through torch.nn.DataParallel
     return args
 
-# %% ../nbs/06b_sft.ipynb #0b3f9f77
+# %% ../nbs/06b_sft.ipynb #f3320ac2
 @contextmanager
 def torch_threads(threads: int | None):  # None leaves them as they are
     "PyTorch's thread count for the length of a block; its random numbers and Transformers' chatter are as before afterwards."
@@ -310,7 +316,7 @@ def torch_threads(threads: int | None):  # None leaves them as they are
         torch.set_num_threads(before); logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-# %% ../nbs/06b_sft.ipynb #4340f416
+# %% ../nbs/06b_sft.ipynb #26633eb8
 def train(model_name: str,  # 'nano', a directory, or a name on the hub
           samples: Sequence[Sample],  # to imitate
           recipe: Recipe,
@@ -326,10 +332,11 @@ def train(model_name: str,  # 'nano', a directory, or a name on the hub
     if (path/"report.json").exists(): return RunReport.read(path, reused=True)
     steps = plan([s.supervised for s in samples], recipe)
     tokens, lengths = planned_tokens(steps, samples, recipe), [len(s) for s in samples]
-    write_inputs(path, model_name, samples, recipe, dev_samples)
     done, checkpoint = last_checkpoint(path)
-    kept = read_losses(path, done if checkpoint else -1)
-    (path/"losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    if int(os.environ.get("RANK", 0)) == 0:  # of several processes one writes
+        write_inputs(path, model_name, samples, recipe, dev_samples)
+        kept = read_losses(path, done if checkpoint else -1)
+        (path/"losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     with torch_threads(threads) as used:
         trainer = make_trainer(model_name, recipe, training_arguments(recipe, len(steps), path), bookkeeper(path, steps, tokens, recipe, dev_samples, progress),
                                [[samples[i] for i in m] for step in steps for m in micro_batches(step, lengths, recipe.micro_batch)])
@@ -338,7 +345,7 @@ def train(model_name: str,  # 'nano', a directory, or a name on the hub
     trainer.accelerator.wait_for_everyone()
     return RunReport.read(path)
 
-# %% ../nbs/06b_sft.ipynb #fa89caf5
+# %% ../nbs/06b_sft.ipynb #34d89bf7
 def make_trainer(model_name, recipe, args, callback, micro):
     "The Trainer for a planned run."
     from transformers import PrinterCallback, Trainer
@@ -347,7 +354,7 @@ def make_trainer(model_name, recipe, args, callback, micro):
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/06b_sft.ipynb #c3107437
+# %% ../nbs/06b_sft.ipynb #6d752517
 def finish_run(path, trainer, tokens, threads, resumed_from) -> None:
     "Saves the adapter, then the report that marks the run as finished, then drops the checkpoints."
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(path/"adapter")

@@ -84,17 +84,17 @@ def replicates(a: Outcomes,  # a condition
               ) -> np.ndarray:  # [draws] the bootstrap distribution of the mean (or of the difference)
     "Draw task types, then episodes, then seeds, and take the mean of the type means."
     size, (T, E, _) = a.counts, a.values.shape
-    types = rng.integers(T, size=(draws, T))
-    drawn = size[types][..., None]  # [draws, T, 1] episodes of each drawn type
-    episodes = (rng.random((draws, T, E)) * drawn).astype(int)
-    weights = (np.arange(E) < drawn) / (drawn * T)  # [draws, T, E], sums to 1 over (T, E)
+    types = rng.integers(T, size=(draws, T, 1))
+    episodes = (rng.random((draws, T, E)) * size[types]).astype(int) + (size.cumsum() - size)[types]  # numbered through all types
+    cells = (episodes + size.sum() * np.arange(draws)[:, None, None])[np.arange(E) < size[types]]  # as many as the type has
+    drawn = np.bincount(cells, minlength=draws * size.sum()).reshape(draws, -1)  # [draws, episodes] how often each was drawn
+    share = 1 / np.repeat(size * T, size)  # of one episode of each type in the mean of type means
     total = np.zeros(draws)
     for sign, x in ((1, a), (-1, b)):
         if x is None: continue
-        values, S = np.nan_to_num(x.values)[types[..., None], episodes], len(x.seeds)
-        if nested: mean = np.take_along_axis(values, rng.integers(S, size=values.shape), -1).mean(-1)
-        else: mean = np.einsum("btes,bs->bte", values, rng.multinomial(S, np.full(S, 1 / S), size=draws) / S)
-        total += sign * (mean * weights).sum((1, 2))
+        values, S = x.values[np.arange(E) < size[:, None]], len(x.seeds)  # [episodes, S]
+        if nested: total += sign * np.einsum("bes,es->b", rng.multinomial(drawn * S, np.full(S, 1 / S)), values * share[:, None] / S)
+        else: total += sign * ((drawn * share) @ values * rng.multinomial(S, np.full(S, 1 / S), size=draws) / S).sum(1)
     return total
 
 # %% ../nbs/08a_statistics.ipynb #62e67be5

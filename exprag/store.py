@@ -7,7 +7,7 @@ __all__ = ['MIGRATIONS', 'APPLICATION_ID', 'OUTCOME', 'CUE_WORDS', 'SENTENCE', '
            'migrate', 'connect', 'set_wal', 'Database', 'Added', 'row_of', 'with_outcome', 'settle', 'Episodes',
            'id_set_hash', 'Store', 'chat', 'cue', 'actions', 'view']
 
-# %% ../nbs/02_store.ipynb #8f51197a
+# %% ../nbs/02_store.ipynb #67ef2084
 import json
 import os
 import re
@@ -25,7 +25,7 @@ import numpy as np
 
 from .trajectory import Task, Trajectory, canonical_json, to_messages
 
-# %% ../nbs/02_store.ipynb #03358064
+# %% ../nbs/02_store.ipynb #3ccbebae
 MIGRATIONS = ("""
     CREATE TABLE trajectories(
         id TEXT PRIMARY KEY, world TEXT NOT NULL, type TEXT NOT NULL, variation TEXT NOT NULL, fold TEXT NOT NULL,
@@ -38,16 +38,16 @@ MIGRATIONS = ("""
 """,)
 APPLICATION_ID = 0x45585047  # "EXPG": tells our files from other people's SQLite files
 
-# %% ../nbs/02_store.ipynb #dc4f244a
+# %% ../nbs/02_store.ipynb #a8809d5f
 class StoreError(RuntimeError):
     "A store file that cannot be used as asked; the message names the file, the reason and the way out."
 
-# %% ../nbs/02_store.ipynb #da282121
+# %% ../nbs/02_store.ipynb #e66752d8
 class UnknownTrajectory(KeyError):
     "An id that the store does not hold."
     def __str__(self): return self.args[0]
 
-# %% ../nbs/02_store.ipynb #fb25482c
+# %% ../nbs/02_store.ipynb #77757bd5
 def migrate(connection: sqlite3.Connection,  # in autocommit mode
             path: Path):  # for the messages
     "Bring a new or older file to the present schema; refuse files that are not ours or are newer."
@@ -68,7 +68,7 @@ def migrate(connection: sqlite3.Connection,  # in autocommit mode
         connection.execute("ROLLBACK")
         raise
 
-# %% ../nbs/02_store.ipynb #7eb2f265
+# %% ../nbs/02_store.ipynb #1a65edef
 def connect(path: Path,  # made when there is none
             timeout: float  # seconds to wait for another writer
            ) -> sqlite3.Connection:  # autocommit, WAL, fully synchronous
@@ -88,7 +88,7 @@ def connect(path: Path,  # made when there is none
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be opened as a store: {error}. Check the path and its permissions; if the file is damaged, restore a copy") from error
 
-# %% ../nbs/02_store.ipynb #0def7a66
+# %% ../nbs/02_store.ipynb #eb2bedbb
 def set_wal(connection: sqlite3.Connection,  # in autocommit mode
             timeout: float  # seconds
            ) -> str:  # the journal mode that is now in force
@@ -100,7 +100,7 @@ def set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #202d576b
+# %% ../nbs/02_store.ipynb #201f8ed9
 class Database:
     "An open store file: transactions that are kept whole or not at all, for threads and processes."
     def __init__(self, path: str | os.PathLike,  # one SQLite file
@@ -150,13 +150,13 @@ class Database:
     def __reduce__(self): return type(self), (self.path, False, self.timeout)
     def __repr__(self): return f"{type(self).__name__}({self.path.name})"
 
-# %% ../nbs/02_store.ipynb #57af2f87
+# %% ../nbs/02_store.ipynb #6eba2c6b
 class Added(NamedTuple):
     "What `add_many` did."
     added: int  # new episodes
     known: int  # episodes whose content was there before (the first provenance is kept)
 
-# %% ../nbs/02_store.ipynb #114a3371
+# %% ../nbs/02_store.ipynb #cd15ac39
 OUTCOME = ("fold", "score", "success")  # not part of the id, and yet never allowed to contradict
 
 def row_of(trajectory: Trajectory) -> tuple:
@@ -167,13 +167,13 @@ def row_of(trajectory: Trajectory) -> tuple:
     return (trajectory.id, task.world, task.type, task.variation, task.fold, None if success is None else int(success),
             trajectory.score, len(trajectory), canonical_json(trajectory.to_dict()).decode("ascii"))
 
-# %% ../nbs/02_store.ipynb #06c1991c
+# %% ../nbs/02_store.ipynb #9ef8c1eb
 def with_outcome(record: str,  # of an episode, as JSON
                  score: float | None, success: int | None) -> str:
     "The same record with another outcome."
     return canonical_json({**json.loads(record), "score": score, "success": None if success is None else bool(success)}).decode("ascii")
 
-# %% ../nbs/02_store.ipynb #db8b1a53
+# %% ../nbs/02_store.ipynb #44e4d7d7
 def settle(connection: sqlite3.Connection,  # inside a transaction
            rows: list[tuple],  # as `row_of` makes them
            path: Path):  # for the messages
@@ -192,7 +192,7 @@ def settle(connection: sqlite3.Connection,  # inside a transaction
                 kept, record = merged, row[8] if merged == given else with_outcome(record, *merged[1:])
                 connection.execute("UPDATE trajectories SET score = ?, success = ?, record = ? WHERE id = ?", [*merged[1:], record, id])
 
-# %% ../nbs/02_store.ipynb #a36873ca
+# %% ../nbs/02_store.ipynb #a898813d
 class Episodes(Database):
     "The episodes of a store: added once, found by their columns, read back whole."
     def add(self, trajectory: Trajectory  # finished or not
@@ -263,7 +263,7 @@ class Episodes(Database):
         try: return Trajectory.from_dict(json.loads(record))
         except ValueError as error: raise StoreError(f"{self.path}: the record of episode {id} was changed from outside: {error}. Restore a copy, or delete({id!r})") from error
 
-# %% ../nbs/02_store.ipynb #5ab550f3
+# %% ../nbs/02_store.ipynb #3c5ef8d9
 def id_set_hash(ids: Iterable[str]  # sorted
                ) -> str:  # 32 hex digits
     "A hash of a set of ids."
@@ -271,7 +271,7 @@ def id_set_hash(ids: Iterable[str]  # sorted
     for id in ids: digest.update(id.encode() + b"\n")
     return digest.hexdigest()[:32]
 
-# %% ../nbs/02_store.ipynb #4942fec7
+# %% ../nbs/02_store.ipynb #bd22bceb
 class Store(Episodes):
     "Where experience lives: episodes, the vectors derived from them, and a fingerprint of the whole."
     def fingerprint(self) -> str:  # 32 hex digits
@@ -321,13 +321,13 @@ class Store(Episodes):
         "The ids of the episodes that have a vector of this encoder and key."
         return [id for id, in self._all("SELECT id FROM vectors WHERE encoder = ? AND key = ? ORDER BY id", encoder, key)]
 
-# %% ../nbs/02_store.ipynb #ae40c5d9
+# %% ../nbs/02_store.ipynb #0640d388
 def chat(trajectory: Trajectory) -> str:
     "The whole episode as a JSON list of chat messages, one a line."
     lines = [json.dumps(message, ensure_ascii=False) for message in to_messages(trajectory)]
     return "[" + ",\n ".join(lines) + "]"
 
-# %% ../nbs/02_store.ipynb #1f4d121e
+# %% ../nbs/02_store.ipynb #b8cb260d
 CUE_WORDS = 8  # where the median task type loses nothing (see the figure)
 SENTENCE = re.compile(r"(.*?[.!?])(?:\s|$)")
 
@@ -340,14 +340,14 @@ def cue(observation: str,  # what was seen after an action
     parts = sentence.split(" ")
     return sentence if len(parts) <= words else " ".join(parts[:words]) + "..."
 
-# %% ../nbs/02_store.ipynb #abe29391
+# %% ../nbs/02_store.ipynb #9626d2b1
 def actions(trajectory: Trajectory) -> str:
     "The goal, then a line for each action, verbatim, with a cue of what was seen after it."
     def line(head, seen): return head + (f" | {short}" if (short := cue(seen)) else "")
     return "\n".join([f"Goal: {trajectory.goal.strip()}", line("Start", trajectory.first_observation),
                       *(line(f"> {step.action}", step.observation) for step in trajectory.steps)])
 
-# %% ../nbs/02_store.ipynb #deaad371
+# %% ../nbs/02_store.ipynb #6724016f
 VIEWS: dict[str, Callable[[Trajectory], str]] = {"chat": chat, "actions": actions}
 
 def view(name: str  # a key of `VIEWS`

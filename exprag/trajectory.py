@@ -9,7 +9,7 @@ __all__ = ['SCORE_RANGES', 'SCHEMA_VERSION', 'THOUGHT_STYLES', 'REACT', 'SHAREGP
            'write_turn', 'read_turn', 'content_text', 'write_opening', 'read_opening', 'write_results', 'read_results',
            'to_messages', 'from_messages', 'to_sharegpt', 'from_sharegpt']
 
-# %% ../nbs/00_trajectory.ipynb #a2799eba
+# %% ../nbs/00_trajectory.ipynb #fda06f49
 import hashlib
 import json
 import math
@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, total_ordering
 from pathlib import Path
 
-# %% ../nbs/00_trajectory.ipynb #1b36a768
+# %% ../nbs/00_trajectory.ipynb #ec6fa827
 class TrajectoryError(ValueError):
     "A record that cannot be a trajectory; the message names the value, the place and the way out."
 
-# %% ../nbs/00_trajectory.ipynb #3e876435
+# %% ../nbs/00_trajectory.ipynb #065af5e6
 class FrozenMap(Mapping):
     "A read-only JSON object: compares by content, can be hashed and pickled."
     __slots__ = ("_items",)
@@ -44,7 +44,7 @@ class FrozenMap(Mapping):
     def __reduce__(self): return FrozenMap, (self._items,)
     def __setattr__(self, name, value): raise AttributeError("a FrozenMap cannot be changed; build a new one")
 
-# %% ../nbs/00_trajectory.ipynb #2bd4b847
+# %% ../nbs/00_trajectory.ipynb #6b7bdffc
 def freeze(value,  # any JSON value: None, bool, int, float, str, list, dict
            where: str = "value"):  # what to call it in an error
     "The same JSON value with lists as tuples and dicts as `FrozenMap`s."
@@ -60,14 +60,14 @@ def freeze(value,  # any JSON value: None, bool, int, float, str, list, dict
         return tuple(freeze(v, where) for v in value)
     raise TrajectoryError(f"{where} is a {type(value).__name__}: only JSON values can be kept; convert it first")
 
-# %% ../nbs/00_trajectory.ipynb #21518e27
+# %% ../nbs/00_trajectory.ipynb #a5ecbf8d
 def thaw(value):  # what `freeze` gave
     "The inverse of `freeze`: plain dicts and lists, ready for `json`."
     if isinstance(value, Mapping):
         return {k: thaw(v) for k, v in value.items()}
     return [thaw(v) for v in value] if isinstance(value, tuple) else value
 
-# %% ../nbs/00_trajectory.ipynb #eab14fa3
+# %% ../nbs/00_trajectory.ipynb #96f93c9b
 @total_ordering
 @dataclass(frozen=True)
 class Task:
@@ -103,7 +103,7 @@ class Task:
         if not match: raise TrajectoryError(f"{text!r} is not a task; one looks like 'scienceworld/boil/3@train'")
         return cls(*match.groups())
 
-# %% ../nbs/00_trajectory.ipynb #82095f01
+# %% ../nbs/00_trajectory.ipynb #092eff09
 @dataclass(frozen=True)
 class Step:
     "One action and the observation after it."
@@ -139,14 +139,14 @@ class Step:
         "The step that a JSON object describes."
         return cls(**known_fields(cls, record, "step"))
 
-# %% ../nbs/00_trajectory.ipynb #83f164ae
+# %% ../nbs/00_trajectory.ipynb #8f7cdb11
 def finite(value, where: str) -> float:
     "`value` as a float, or an error if it is not a finite number."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TrajectoryError(f"{where} {value!r}: expected a finite number")
     return float(value)
 
-# %% ../nbs/00_trajectory.ipynb #774d758b
+# %% ../nbs/00_trajectory.ipynb #b9d07fd1
 def known_fields(cls: type,  # a dataclass with an `extra` field
                  record: Mapping,  # a JSON object
                  where: str  # what to call it in an error
@@ -165,10 +165,10 @@ def known_fields(cls: type,  # a dataclass with an `extra` field
         raise TrajectoryError(f"{where} has {', '.join(clash)} both beside and in its extra; rename one")
     return {**known, "extra": {**extra, **own}}
 
-# %% ../nbs/00_trajectory.ipynb #87b0ec63
+# %% ../nbs/00_trajectory.ipynb #791c8a77
 SCORE_RANGES = FrozenMap({"scienceworld": (-100, 100), "alfworld": (0, 1), "textworld-express": (-1, 1)})
 
-# %% ../nbs/00_trajectory.ipynb #3792ea7b
+# %% ../nbs/00_trajectory.ipynb #c5bd2ac0
 def normalise_score(world: str,  # a key of `SCORE_RANGES`
                     raw: float  # the world's own score
                    ) -> float:  # in [0, 1]; negative scores are 0
@@ -180,16 +180,16 @@ def normalise_score(world: str,  # a key of `SCORE_RANGES`
         raise ValueError(f"{world} score {raw!r} lies outside {low}..{high}; was it already normalised, or does it belong to another world?")
     return max(0.0, float(raw)) / high
 
-# %% ../nbs/00_trajectory.ipynb #ae368582
+# %% ../nbs/00_trajectory.ipynb #ce4e901c
 SCHEMA_VERSION = 1
 
-# %% ../nbs/00_trajectory.ipynb #203c48a3
+# %% ../nbs/00_trajectory.ipynb #b7dc9862
 def canonical_json(value  # thawed JSON
                   ) -> bytes:
     "One spelling for each JSON value: sorted keys, no spaces, ASCII."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
-# %% ../nbs/00_trajectory.ipynb #7fa98c48
+# %% ../nbs/00_trajectory.ipynb #52ee3138
 @dataclass(frozen=True)
 class Trajectory:
     "One episode, finished (`score` is a number) or not (`score` is None)."
@@ -262,7 +262,7 @@ class Trajectory:
         "The trajectory that a JSON object describes; an id that does not fit its content is an error."
         return trajectory_from_dict(record)
 
-# %% ../nbs/00_trajectory.ipynb #560871aa
+# %% ../nbs/00_trajectory.ipynb #12dffa17
 def trajectory_from_dict(record: Mapping  # a JSON object
                         ) -> Trajectory:
     "The body of `Trajectory.from_dict`."
@@ -285,21 +285,21 @@ def trajectory_from_dict(record: Mapping  # a JSON object
         raise TrajectoryError(f"id {stated!r} does not fit the content, whose id is {trajectory.id!r}; was it edited? Remove the id to accept it as it is")
     return trajectory
 
-# %% ../nbs/00_trajectory.ipynb #60caca6a
+# %% ../nbs/00_trajectory.ipynb #afd4328d
 @dataclass(frozen=True)
 class Rejected:
     "A line that could not be read."
     line: int  # counted from 1
     reason: str  # what was wrong, and where
 
-# %% ../nbs/00_trajectory.ipynb #abc971dd
+# %% ../nbs/00_trajectory.ipynb #02b81a72
 def json_line(trajectory: Trajectory) -> bytes:
     "A trajectory as one line of UTF-8 (text that UTF-8 cannot hold is escaped)."
     record = trajectory.to_dict()
     try: return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     except UnicodeEncodeError: return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
 
-# %% ../nbs/00_trajectory.ipynb #3e305950
+# %% ../nbs/00_trajectory.ipynb #990fb614
 def write_jsonl(trajectories: Iterable[Trajectory],  # may be a generator
                 path: str | os.PathLike  # replaced if it is there
                ) -> int:  # how many were written
@@ -319,13 +319,13 @@ def write_jsonl(trajectories: Iterable[Trajectory],  # may be a generator
         raise
     return count
 
-# %% ../nbs/00_trajectory.ipynb #989e3d91
+# %% ../nbs/00_trajectory.ipynb #ed627b79
 def iter_jsonl(path: str | os.PathLike,  # a file of `write_jsonl`
                rejected: list | None = None  # bad lines are appended here as `Rejected`; None: the first is an error
               ) -> Iterator[Trajectory]:
     "The trajectories of a file one by one; the file is never held whole."
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate((raw.rstrip(b"\r\n") for raw in file), 1):
             if not line.strip(): continue
             try: yield Trajectory.from_dict(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
             except (ValueError, TypeError, RecursionError) as error:
@@ -334,18 +334,18 @@ def iter_jsonl(path: str | os.PathLike,  # a file of `write_jsonl`
                     raise TrajectoryError(f"{path}, line {number}: {reason}. read_jsonl() reads the others and reports this one") from None
                 rejected.append(Rejected(number, reason))
 
-# %% ../nbs/00_trajectory.ipynb #a7c8f25a
+# %% ../nbs/00_trajectory.ipynb #25849265
 def read_jsonl(path: str | os.PathLike  # a file of `write_jsonl`
               ) -> tuple[list[Trajectory], list[Rejected]]:  # what could be read, what could not
     "All trajectories of a file, and its bad lines with number and reason."
     rejected = []
     return list(iter_jsonl(path, rejected)), rejected
 
-# %% ../nbs/00_trajectory.ipynb #50b17abd
+# %% ../nbs/00_trajectory.ipynb #2c635076
 THOUGHT_STYLES = ("field", "text")
 REACT = re.compile(r"\AThought:[ \n](.*)\n+Action:[ \n](.*)\Z", re.DOTALL)
 
-# %% ../nbs/00_trajectory.ipynb #c6b05248
+# %% ../nbs/00_trajectory.ipynb #d1fc430b
 def write_turn(step: Step,
                thoughts: str  # 'field' or 'text'
               ) -> dict:  # an assistant message
@@ -363,7 +363,7 @@ def write_turn(step: Step,
     if step.tool_calls: message["tool_calls"] = [{k: v for k, v in thaw(c).items() if k != "result"} for c in step.tool_calls]
     return message
 
-# %% ../nbs/00_trajectory.ipynb #84b6e096
+# %% ../nbs/00_trajectory.ipynb #3e12e30f
 def read_turn(message: Mapping,  # an assistant message
               thoughts: str  # 'field' or 'text'
              ) -> tuple[str, str | None]:  # action, thought
@@ -374,7 +374,7 @@ def read_turn(message: Mapping,  # an assistant message
         text = text.removeprefix("Action: ")
     return text, thought
 
-# %% ../nbs/00_trajectory.ipynb #ac1fbbf0
+# %% ../nbs/00_trajectory.ipynb #86c7260f
 def content_text(message: Mapping) -> str:
     "The text of a message, whose content may be text, None (beside tool calls) or text parts."
     content = message.get("content")
@@ -383,14 +383,14 @@ def content_text(message: Mapping) -> str:
         raise TrajectoryError(f"{message.get('role')} turn has a part that is not text: {str(bad)[:80]!r}; only text can be kept")
     return "\n\n".join(p["text"] for p in content)
 
-# %% ../nbs/00_trajectory.ipynb #8c8a49ec
+# %% ../nbs/00_trajectory.ipynb #86d85666
 def write_opening(goal: str, observation: str) -> dict:  # a user message
     "The first user turn: goal, empty line, first observation."
     joined = f"{goal}\n\n{observation}"
     if tuple(joined.split("\n\n", 1)) == (goal, observation): return {"role": "user", "content": joined}
     return {"role": "user", "content": [{"type": "text", "text": goal}, {"type": "text", "text": observation}]}
 
-# %% ../nbs/00_trajectory.ipynb #b9b69098
+# %% ../nbs/00_trajectory.ipynb #31cc1bf0
 def read_opening(message: Mapping) -> tuple[str, str]:  # goal, first observation
     "The inverse of `write_opening`; text without an empty line is all goal."
     content = message.get("content")
@@ -399,7 +399,7 @@ def read_opening(message: Mapping) -> tuple[str, str]:  # goal, first observatio
     goal, _, observation = content_text(message).partition("\n\n")
     return goal, observation
 
-# %% ../nbs/00_trajectory.ipynb #0ad7c8f5
+# %% ../nbs/00_trajectory.ipynb #0acb2625
 def write_results(step: Step) -> list[dict]:  # the messages after the assistant turn
     "What the agent saw after a step: a user turn, or a tool turn for each call."
     if not step.tool_calls: return [{"role": "user", "content": step.observation}]
@@ -409,7 +409,7 @@ def write_results(step: Step) -> list[dict]:  # the messages after the assistant
     else: rest = [] if len(results) > 1 and "\n".join(results) == step.observation else [{"role": "user", "content": step.observation}]
     return [{"role": "tool", "tool_call_id": c.get("id"), "content": r} for c, r in zip(step.tool_calls, results)] + rest
 
-# %% ../nbs/00_trajectory.ipynb #f40cf7b6
+# %% ../nbs/00_trajectory.ipynb #60d86a78
 def read_results(calls: list,  # the tool calls of the assistant turn
                  messages: list[Mapping]  # the turns up to the next assistant turn
                 ) -> tuple[str, list]:  # observation, calls with their results
@@ -424,7 +424,7 @@ def read_results(calls: list,  # the tool calls of the assistant turn
     calls = [{**c, "result": told[c.get("id")]} if c.get("id") in told else c for c in calls]
     return (users[0] if users else "\n".join(told.values())), calls
 
-# %% ../nbs/00_trajectory.ipynb #25960602
+# %% ../nbs/00_trajectory.ipynb #d649d2ba
 def to_messages(trajectory: Trajectory,
                 system: str | None = None,  # None: the one it came with, if any
                 thoughts: str = "field"  # 'field': reasoning_content; 'text': Thought:/Action:
@@ -437,7 +437,7 @@ def to_messages(trajectory: Trajectory,
     for step in trajectory.steps: messages += [write_turn(step, thoughts), *write_results(step)]
     return messages
 
-# %% ../nbs/00_trajectory.ipynb #d5c20b46
+# %% ../nbs/00_trajectory.ipynb #2e2ab3e8
 def from_messages(messages: list[Mapping],  # OpenAI's chat messages
                   task: Task,  # which task they are about: messages do not say
                   preamble: int = 0,  # turns between system text and goal, kept as they are
@@ -465,10 +465,10 @@ def from_messages(messages: list[Mapping],  # OpenAI's chat messages
         steps.append(Step(action, seen, thought=thought, tool_calls=calls))
     return Trajectory(task, goal, observation, tuple(steps), extra=extra, **fields_)
 
-# %% ../nbs/00_trajectory.ipynb #60f1f006
+# %% ../nbs/00_trajectory.ipynb #da3f2289
 SHAREGPT_ROLES = FrozenMap({"system": "system", "human": "user", "gpt": "assistant"})
 
-# %% ../nbs/00_trajectory.ipynb #013bc9ee
+# %% ../nbs/00_trajectory.ipynb #efe2ed35
 def to_sharegpt(trajectory: Trajectory, system: str | None = None, thoughts: str = "text") -> dict:
     "A trajectory as a ShareGPT record; tool calls have no place there and are an error."
     if bad := next((n for n, s in enumerate(trajectory.steps, 1) if s.tool_calls), None):
@@ -484,7 +484,7 @@ def to_sharegpt(trajectory: Trajectory, system: str | None = None, thoughts: str
         if "loss" in step.extra: turn["loss"] = step.extra["loss"]
     return {"id": trajectory.id, "conversations": turns}
 
-# %% ../nbs/00_trajectory.ipynb #3c44642e
+# %% ../nbs/00_trajectory.ipynb #9c8f8716
 def from_sharegpt(record: Mapping,  # with `conversations`
                   task: Task, preamble: int = 0, thoughts: str = "text", **fields_) -> Trajectory:
     "The trajectory in a ShareGPT record; see `from_messages`."

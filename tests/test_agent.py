@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from chat_models import CORPUS, FAMILIES, make_model, make_tokenizer
 
-from exprag.agent import Action, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, rollout
+from exprag.agent import Action, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout
 from exprag.environment import ScienceWorldEnv, SimulatorError, scienceworld_tasks
 from exprag.store import VIEWS
 from exprag.trajectory import Step, Task, Trajectory
@@ -202,6 +202,22 @@ def test_models_from_disk(tmp_path):
     with pytest.raises(PolicyError, match="no adapter_model.safetensors"): load_model(str(tmp_path / "base"), tmp_path / "tuned")
     small = make_model("qwen", 10)
     with pytest.raises(PolicyError, match="load both from the same place"): HFPolicy(small, tokenizer)
+
+
+def test_a_tokenizer_is_the_file_in_its_folder(tmp_path):
+    from transformers import AutoTokenizer
+    tokenizer = make_tokenizer("mistral")  # not byte-level, but kept beside a model of the Qwen2 architecture
+    make_model("qwen", len(tokenizer)).save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    text = "open door to kitchen"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != tokenizer(text)["input_ids"], "the trap is real"
+    assert load_tokenizer(str(tmp_path))(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert play(HFPolicy.from_pretrained(str(tmp_path), format=FORMAT, device="cpu", max_new_tokens=4), TASKS[:2])
+
+
+def test_memory_and_prompt_show_the_same_view():
+    class Chatty(Recall): view = "chat"
+    with pytest.raises(PolicyError, match="counts the view 'chat' and the prompt writes 'actions'"): play(policy_of(), TASKS[:1], Chatty())
+    assert play(policy_of(format=PromptFormat(FORMAT.instruction, (), "chat")), TASKS[:1], Chatty())
 
 
 def test_a_server():

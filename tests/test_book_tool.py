@@ -31,9 +31,11 @@ RECORD = [
 ]
 SHOP = [
     "#| default_exp shop",
-    ("# Shop\n> A shop sells records.\n\nIt sells a `Record`, see [the chapter](00_record.ipynb#record) and `Record.double()`.",),
+    ("# Shop\n> A shop sells records.\n\n"
+     "It sells a `Record`, see [the chapter](00_record.ipynb#record) and `Record.double()`.",),
     "#| export\nfrom toybook.record import Record",
-    "#| export\ndef sell(name: str,  # which\n         **options: int,  # none so far\n         ) -> Record:  # what was sold\n"
+    "#| export\ndef sell(name: str,  # which\n         **options: int,  # none so far\n"
+    "         ) -> Record:  # what was sold\n"
     "    'Sell a `Record`.'\n    return Record(name)",
     "sell('x')",
 ]
@@ -128,11 +130,14 @@ class TestRun:
         assert "ValueError: no such thing" in result.error and "IPython" not in result.error
         assert path.read_bytes() == before
 
-    @pytest.mark.parametrize("cell, word", [("import os; os.kill(os.getpid(), 9)", "status -9"),
-                                            ("import time; time.sleep(60)", "no end after"), ("def g(:", "SyntaxError")])
-    def test_a_dying_cell_is_named(self, toy, cell, word):
+    @pytest.mark.parametrize("cell, word, timeout", [
+        ("import os; os.kill(os.getpid(), 9)", "status -9", 120),
+        ("import time; time.sleep(120)", "no end after", 15),  # time enough to come to the cell on a busy machine
+        ("def g(:", "SyntaxError", 120),
+    ])
+    def test_a_dying_cell_is_named(self, toy, cell, word, timeout):
         path = add(toy, "02_bad", "print('fine')", cell)
-        result = running.run_chapter(toy, path, timeout=6)
+        result = running.run_chapter(toy, path, timeout=timeout)
         assert "cell 3" in result.error and word in result.error
 
     def test_each_chapter_has_a_process_of_its_own(self, toy):
@@ -178,7 +183,8 @@ class TestExport:
     def test_agrees_with_nbdev(self, toy):
         notebooks.clean(toy.paths())
         before = {path: path.read_bytes() for path in toy.package.glob("*.py")}
-        subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=toy.root, check=True)
+        code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+        subprocess.run([sys.executable, "-c", code], cwd=toy.root, check=True)
         assert {path: path.read_bytes() for path in toy.package.glob("*.py")} == before
 
     def test_several_at_once(self, toy):
@@ -224,7 +230,8 @@ class TestRules:
 
     def test_long_definitions(self, toy):
         body = "\n".join(["    x = 1"] * (checking.FUNCTION_LINES + 1))
-        add(toy, "02_long", f"#| export\ndef long():\n{body}", "#| export\ndef f():\n    pass\ndef g():\n    pass", f"def own():\n{body}")
+        two_in_one = "#| export\ndef f():\n    pass\ndef g():\n    pass"
+        add(toy, "02_long", f"#| export\ndef long():\n{body}", two_in_one, f"def own():\n{body}")
         long, two = checking.sizes(toy)
         assert "cell 2: long has 36 lines" in long and "cell 3 defines f, g" in two
 

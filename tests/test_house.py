@@ -85,13 +85,20 @@ def test_torch_is_held_back():
         "2.11.0", "2.13.0", "2.13.0+cpu"]
 
 
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory) -> Path:
-    """The package as pip installs it from a wheel, in a folder of its own."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """What a wheel is built from, copied so that building leaves nothing in the checkout."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "exprag", source / "exprag", ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def installed(source, tmp_path_factory) -> Path:
+    """The package as pip installs it from a wheel, in a folder of its own."""
+    target = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     for command in (["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(source / "dist"), str(source)],
                     ["install", "--no-deps", "--no-index", "--target", str(target), "--find-links", str(source / "dist"),
@@ -113,13 +120,13 @@ class TestInstalledPackage:
         for module in MODULES:
             assert Path(imported(module, str(installed))[2]).is_relative_to(installed)
 
-    def test_carries_the_package_whole(self, installed):
+    def test_carries_the_package_whole(self, source, installed):
         """Modules and assets, byte for byte."""
-        files = [path for path in (ROOT / "exprag").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        files = [path for path in (source / "exprag").rglob("*") if path.is_file()]
         assert files
         for path in files:
-            copy = installed / path.relative_to(ROOT)
-            assert copy.is_file(), f"{path.relative_to(ROOT)} is not in the wheel: see package_data in setup.py"
+            copy = installed / path.relative_to(source)
+            assert copy.is_file(), f"{path.relative_to(source)} is not in the wheel: see package_data in setup.py"
             assert copy.read_bytes() == path.read_bytes()
 
     def test_carries_nothing_else(self, installed):

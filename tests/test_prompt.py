@@ -130,6 +130,13 @@ def test_templates_that_cannot_be_masked_are_refused(template, says):
     with pytest.raises(PromptError, match=says): PromptEncoder(tokenizer)
 
 
+def test_a_tokenizer_that_loses_text_is_refused():
+    from tokenizers import normalizers
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
+    with pytest.raises(PromptError, match="comes back as 'opendoortokitchen'.*load_tokenizer"): PromptEncoder(tokenizer)
+
+
 def test_a_refused_template_can_be_replaced():
     encoder = PromptEncoder(make_tokenizer("qwen", QWEN3), chat_template=QWEN)
     assert encoder.frame == encoder_of("qwen").frame

