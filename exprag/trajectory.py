@@ -44,20 +44,14 @@ class FrozenMap(Mapping):
     def __reduce__(self): return FrozenMap, (self._items,)
     def __setattr__(self, name, value): raise AttributeError("a FrozenMap cannot be changed; build a new one")
 
-# %% ../nbs/00_trajectory.ipynb #6b7bdffc
+# %% ../nbs/00_trajectory.ipynb #52b10643
 def freeze(value,  # any JSON value: None, bool, int, float, str, list, dict
            where: str = "value"):  # what to call it in an error
     "The same JSON value with lists as tuples and dicts as `FrozenMap`s."
-    if value is None or isinstance(value, (bool, int, str, FrozenMap)):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise TrajectoryError(f"{where} is {value!r}: JSON has no such number; use None")
-        return value
-    if isinstance(value, Mapping):
-        return FrozenMap(value)
-    if isinstance(value, (list, tuple)):
-        return tuple(freeze(v, where) for v in value)
+    if isinstance(value, float) and not math.isfinite(value): raise TrajectoryError(f"{where} is {value!r}: JSON has no such number; use None")
+    if value is None or isinstance(value, (bool, int, float, str, FrozenMap)): return value
+    if isinstance(value, Mapping): return FrozenMap(value)
+    if isinstance(value, (list, tuple)): return tuple(freeze(v, where) for v in value)
     raise TrajectoryError(f"{where} is a {type(value).__name__}: only JSON values can be kept; convert it first")
 
 # %% ../nbs/00_trajectory.ipynb #a5ecbf8d
@@ -189,7 +183,7 @@ def canonical_json(value  # thawed JSON
     "One spelling for each JSON value: sorted keys, no spaces, ASCII."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
-# %% ../nbs/00_trajectory.ipynb #52ee3138
+# %% ../nbs/00_trajectory.ipynb #491c405f
 @dataclass(frozen=True)
 class Trajectory:
     "One episode, finished (`score` is a number) or not (`score` is None)."
@@ -209,8 +203,8 @@ class Trajectory:
             if not isinstance(getattr(self, name), kind):
                 raise TrajectoryError(f"trajectory {name} {getattr(self, name)!r} is a {type(getattr(self, name)).__name__}; see Trajectory's fields")
         steps = tuple(self.steps)
-        if bad := next((i for i, s in enumerate(steps, 1) if not isinstance(s, Step)), None):
-            raise TrajectoryError(f"step {bad} of {self.task} is a {type(steps[bad - 1]).__name__}; expected a Step")
+        for number, step in enumerate(steps, 1):
+            if not isinstance(step, Step): raise TrajectoryError(f"step {number} of {self.task} is a {type(step).__name__}; expected a Step")
         object.__setattr__(self, "steps", steps)
         if self.score is not None: object.__setattr__(self, "score", finite(self.score, "trajectory score"))
         for name in ("settings", "provenance", "extra"): object.__setattr__(self, name, FrozenMap(getattr(self, name)))
@@ -299,7 +293,7 @@ def json_line(trajectory: Trajectory) -> bytes:
     try: return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     except UnicodeEncodeError: return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
 
-# %% ../nbs/00_trajectory.ipynb #990fb614
+# %% ../nbs/00_trajectory.ipynb #3e90578f
 def write_jsonl(trajectories: Iterable[Trajectory],  # may be a generator
                 path: str | os.PathLike  # replaced if it is there
                ) -> int:  # how many were written
@@ -311,15 +305,14 @@ def write_jsonl(trajectories: Iterable[Trajectory],  # may be a generator
             for count, trajectory in enumerate(trajectories, 1): file.write(json_line(trajectory))
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0); os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
     return count
 
-# %% ../nbs/00_trajectory.ipynb #ed627b79
+# %% ../nbs/00_trajectory.ipynb #0b1d699d
 def iter_jsonl(path: str | os.PathLike,  # a file of `write_jsonl`
                rejected: list | None = None  # bad lines are appended here as `Rejected`; None: the first is an error
               ) -> Iterator[Trajectory]:
@@ -468,7 +461,7 @@ def from_messages(messages: list[Mapping],  # OpenAI's chat messages
 # %% ../nbs/00_trajectory.ipynb #da3f2289
 SHAREGPT_ROLES = FrozenMap({"system": "system", "human": "user", "gpt": "assistant"})
 
-# %% ../nbs/00_trajectory.ipynb #efe2ed35
+# %% ../nbs/00_trajectory.ipynb #b771b222
 def to_sharegpt(trajectory: Trajectory, system: str | None = None, thoughts: str = "text") -> dict:
     "A trajectory as a ShareGPT record; tool calls have no place there and are an error."
     if bad := next((n for n, s in enumerate(trajectory.steps, 1) if s.tool_calls), None):
@@ -476,9 +469,7 @@ def to_sharegpt(trajectory: Trajectory, system: str | None = None, thoughts: str
     names = {role: name for name, role in SHAREGPT_ROLES.items()}
     messages = to_messages(trajectory, system, thoughts)
     turns = [{"from": names[m["role"]], "value": m["content"] if isinstance(m["content"], list) else content_text(m)} for m in messages]
-    for turn, message in zip(turns, messages):
-        if "loss" in message: turn["loss"] = message["loss"]
-        if "reasoning_content" in message: turn["reasoning_content"] = message["reasoning_content"]
+    for turn, message in zip(turns, messages): turn.update({k: message[k] for k in ("loss", "reasoning_content") if k in message})
     acted = [t for t in turns if t["from"] == "gpt"]
     for turn, step in zip(acted[len(acted) - len(trajectory):], trajectory.steps):
         if "loss" in step.extra: turn["loss"] = step.extra["loss"]

@@ -1,10 +1,9 @@
-"ScienceWorld for real: tasks, folds, panels, the simulator and its deaths, the expert, collecting."
+"ScienceWorld for real: tasks, folds, panels, the simulator and its deaths."
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import accumulate
 
@@ -13,8 +12,8 @@ import pytest
 from exprag.environment import (
     ACTION_TEMPLATES, EASY_TYPES, EXPERT_LENGTHS, FOLD_SIZES, FOLDS, HARD_TYPES, JVM_FLAGS, MENDELIAN_TYPES, PANELS, STEP_CAPS, Environment, Panel,
     ScienceWorldEnv, SimulatorError, action_templates, find_java, fits_template, gold_path, java_version, panel, play, scienceworld_tasks, side, spread, step_cap)
-from exprag.expert import AMBIGUOUS, REJECTED, WAIT_TICKS, accepted, collect, expert, shortest_walk, tidied, wait_instead
-from exprag.trajectory import Step, Task, Trajectory, read_jsonl, write_jsonl
+from exprag.expert import expert
+from exprag.trajectory import Task
 
 TYPES = EASY_TYPES + HARD_TYPES
 QUICK = Task("scienceworld", "find-plant", 0, "train")
@@ -253,7 +252,7 @@ def episodes_in_another_process(kinds) -> dict:
 
 
 def test_same_text_in_two_processes():
-    kinds = ["find-plant", "use-thermometer", "power-component", "chemistry-mix"]
+    kinds = ["find-plant", "test-conductivity-of-unknown-substances", "power-component", "chemistry-mix"]
     assert episodes_in_another_process(kinds) == episodes_in_another_process(kinds[::-1])
 
 
@@ -299,116 +298,3 @@ def test_a_killed_python_leaves_no_simulator():
     while os.path.exists(f"/proc/{java}") and open(f"/proc/{java}/stat").read().rsplit(")", 1)[1].split()[0] != "Z":
         assert time.monotonic() < deadline, "the JVM outlived its Python"
         time.sleep(0.1)
-
-
-# -- the expert
-
-def told(*turns) -> Trajectory:
-    return Trajectory(QUICK, "goal", "This room is called the kitchen. You also see:\n\tA door to the hallway (that is open)", tuple(Step(*t) for t in turns))
-
-
-def test_rejected_lines_and_unanswered_questions_go():
-    question = AMBIGUOUS + " Please enter the number"
-    assert accepted(told(("a", "fine"), ("b", REJECTED), ("c", question), ("0", "done"), ("d", question), ("e", "fine"))) == ("a", "c", "0", "e")
-
-
-def test_tidied_walks_and_teleports():
-    story = told(("open door to hallway", "The door is already open."), ("go to hallway", "You move to the hallway."), ("go to kitchen", "You move to the kitchen."),
-                 ("go to hallway", "You move to the hallway."), ("go to workshop", "You move to the workshop."), ("look around", "This room is called the workshop."),
-                 ("examine wire", "a wire"), ("go to hallway", "You move to the hallway."))
-    assert tidied(story) == ("go to hallway", "go to workshop", "look around", "look at wire", "go to hallway")
-    assert tidied(story, "teleport") == ("teleport to workshop", "look around", "look at wire", "teleport to hallway")
-    assert tidied(story, "words") == tuple(a.replace("examine", "look at") for a in story.actions)
-
-
-def test_shortest_walk():
-    doors = {"a": ["b", "c"], "b": ["d"], "c": ["d"], "d": []}
-    assert shortest_walk("a", "d", doors) == ["b", "d"] and shortest_walk("a", "a", doors) == [] and shortest_walk("d", "a", doors) is None
-
-
-@pytest.mark.parametrize("count", [1, 2, 11, 12, 13, 23, 24, 300])
-def test_waiting_takes_as_long_as_watching(count):
-    short = wait_instead(["look at x"] * count)
-    assert sum(WAIT_TICKS if a == "wait" else 1 for a in short) == count and len(short) <= count
-
-
-@pytest.mark.parametrize("kind", ["power-component", "test-conductivity", "grow-plant", "identify-life-stages-1"])
-def test_expert_reaches_the_goal_tidy_or_not(env, kind):
-    t = scienceworld_tasks("train", [kind])[0]
-    plain = expert(env, t)
-    for way in (True, "teleport"):
-        made = expert(env, t, tidy=way)
-        assert made.success and made.score == 100 and len(made) <= len(plain) and accepted(made) == made.actions
-        assert made.provenance["actor"] == "expert" and made.provenance["gold_steps"] == len(plain) == EXPERT_LENGTHS[kind][0]
-        assert all(fits_template(a) or a.isdigit() for a in made.actions)
-        assert play(env, t, made.actions, cap=1000).id == made.id
-
-
-def test_waiting_is_exactly_as_long_in_the_real_simulator(env):
-    t = scienceworld_tasks("train", ["inclined-plane-friction-named-surfaces"])[0]
-    plain, short = expert(env, t), expert(env, t, tidy="words")
-    assert len(short) < len(plain) and plain.steps[-2].observation == short.steps[-2].observation
-
-
-def test_a_gold_path_that_fails_is_not_kept(env):
-    assert expert(env, task("freeze", 11)) is None and expert(env, task("freeze", 11), tidy=True) is None
-
-
-# -- collecting
-
-def some_tasks() -> list[Task]:
-    return [scienceworld_tasks("train", [kind])[i] for kind in ("find-plant", "lifespan-longest-lived") for i in (0, 1)]
-
-
-def test_collect_does_not_depend_on_workers_and_leaves_nothing():
-    before, alone, together = java_children(), [], []
-    threads = set()
-    one = collect(some_tasks(), lambda t: (alone.append(t), threads.add(threading.get_ident())), progress=False)
-    two = collect(some_tasks() * 2, together.append, workers=2, progress=False)
-    assert one == two and one.kept == 4 and not one.failed and {t.id for t in alone} == {t.id for t in together}
-    assert threads == {threading.get_ident()} and java_children() == before
-
-
-def test_collect_replaces_a_simulator_that_dies_and_resumes(tmp_path):
-    kept, killed, path = {}, [], tmp_path / "kept.jsonl"
-
-    def dies_once(env, t):
-        env.reset(t)
-        if not killed:
-            killed.append(t)
-            os.kill(env._process.pid, signal.SIGKILL)
-        return expert(env, t)
-
-    first = collect(some_tasks()[:2], lambda t: kept.setdefault(t.task, t), run=dies_once, progress=False)
-    assert (first.kept, first.restarted, first.failed) == (2, 1, ())
-    write_jsonl(kept.values(), path)
-    again = {t.task: t for t in read_jsonl(path)[0]}
-    second = collect(some_tasks(), lambda t: again.setdefault(t.task, t), done=again.__contains__, progress=False)
-    assert (second.kept, second.skipped) == (2, 2) and set(again) == set(some_tasks())
-
-
-def test_collect_kills_what_hangs_and_says_so():
-    def hangs(env, t):
-        env.reset(t)
-        while True: env.step("look around") if not env.over else env.reset(t)
-
-    report = collect([QUICK], print, run=hangs, progress=False, timeout=6, attempts=1)
-    assert report.kept == 0 and report.restarted == 1 and "took more than 6 s" in report.failed[0][1]
-
-
-def test_collect_ends_when_the_sink_fails():
-    before = java_children()
-    def full(trajectory): raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"): collect(some_tasks(), full, workers=2, progress=False)
-    assert java_children() == before
-
-
-def test_collect_nothing():
-    assert collect([], print, progress=False).kept == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [t for t in TYPES if t not in MENDELIAN_TYPES])
-def test_expert_lengths_are_what_the_simulator_gives(env, kind):
-    made = [expert(env, t) for t in spread(scienceworld_tasks("train", [kind]), 5)]
-    assert tuple(m and len(m) for m in made) == EXPERT_LENGTHS[kind]
