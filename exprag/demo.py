@@ -136,7 +136,7 @@ def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: 
                                  env_factory=pool.lend, progress=progress))
     return Results(tuple(runs))
 
-# %% ../nbs/10_demo.ipynb #8e19d44b
+# %% ../nbs/10_demo.ipynb #f57dc884
 def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on with
          plan: Plan = Plan(), model: str = "nano",  # 'nano', a folder, or a name on the hub
          encoder: str | None = None,  # sentence encoder: None is the one in the package
@@ -150,7 +150,8 @@ def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on wi
     recipe_name = recipe or ("nano" if model == "nano" else "paper")
     fixed = {"max_steps": plan.steps, "seed": plan.seed} if recipe_name == "nano" else {"seed": plan.seed}
     chosen = replace(RECIPES[known(recipe_name, tuple(RECIPES), "recipe")], **fixed)
-    writer = HFPolicy.from_pretrained(model, batch_size=1).encoder  # a model that cannot be had is an error before anything is played
+    try: writer = HFPolicy.from_pretrained(model, batch_size=1).encoder  # before anything is played
+    except OSError as error: raise OSError(f"model {model!r} cannot be loaded; give 'nano', a folder with a Transformers model, or a name on the hub: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     with gather(plan, folder, progress=progress) as store:
         retriever = Retriever(store, SentenceEncoder(encoder))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_PLAYED', 'JOINER', 'PAD', 'END', 'ROLES', 'CHAT_TEMPLATE', 'TEMPLATE_WEIGHT', 'random_play', 'train_tokenizer',
-           'play_texts', 'Document', 'Words', 'periodic', 'repeats', 'InventedWorld', 'procedures', 'carry_out',
-           'plays', 'Phase', 'curriculum']
+           'play_texts', 'Document', 'Words', 'periodic', 'repeats', 'far_away', 'far_repeats', 'InventedWorld',
+           'procedures', 'carry_out', 'plays', 'Phase', 'curriculum', 'reach']
 
 # %% ../nbs/09a_lookup.ipynb #d280f772
 import random
@@ -147,6 +147,25 @@ def repeats(chance: random.Random, words: Words, length: int,
         document.add([chance.choice(pool) for _ in range(chance.randint(0, gap))])
     return document.cut(length)
 
+# %% ../nbs/09a_lookup.ipynb #bab92172
+def far_away(chance: random.Random, words: Words, length: int) -> list[int]:
+    "Up to `length` tokens of observations, to stand between a thing and its repeat."
+    filler, wanted = [], chance.randint(0, length)
+    while len(filler) < wanted: filler += [words.newline] + chance.choice(words.views)
+    return filler[:wanted]
+
+# %% ../nbs/09a_lookup.ipynb #bef488e7
+def far_repeats(chance: random.Random, words: Words, length: int) -> Document:
+    "A handful of phrases, much else, and then the phrases again, in another order."
+    document = Document()
+    phrases = [[chance.choice(words.pool) for _ in range(chance.randint(16, 48))] for _ in range(chance.randint(4, 8))]
+    for phrase in phrases: document.add(phrase)
+    document.add(far_away(chance, words, max(1, length - 2 * len(document.ids))))
+    for phrase in chance.sample(phrases, len(phrases)):
+        document.add(phrase[:2])
+        document.add(phrase[2:], 1)
+    return document.cut(length)
+
 # %% ../nbs/09a_lookup.ipynb #e3b7259c
 class InventedWorld:
     "Verbs, nouns and answers made of random words."
@@ -194,14 +213,15 @@ class InventedWorld:
         start = self.chance.randrange(max(1, len(seen) - 60))
         return action, seen[start:start + (self.chance.randint(16, 90) if long else self.chance.randint(8, 24))]
 
-# %% ../nbs/09a_lookup.ipynb #98382838
+# %% ../nbs/09a_lookup.ipynb #4d39a31a
 def procedures(chance: random.Random, words: Words, length: int,
                renamed: float = 0.35,  # probability that a noun of the goal is another than in the list
                steps: tuple[int, int] = (4, 16), listed: tuple[int, int] = (1, 3),  # steps of a procedure; procedures listed
                interrupted: float = 0.08,  # probability of an action that the list does not have
                carried_out: int = 2,  # how many times somebody carries one out
                once: bool = False,  # each procedure once at most, so that only the list can be copied from
-               long: bool | None = None  # long observations; None: a coin decides
+               long: bool | None = None,  # long observations; None: a coin decides
+               far: int = 0  # tokens of views, at most, between the list and what is done
               ) -> Document:
     "A chat: procedures are listed, and then carried out with other nouns; what the list determines is supervised."
     world, document = InventedWorld(chance, words), Document()
@@ -223,6 +243,7 @@ def procedures(chance: random.Random, words: Words, length: int,
     for plan, goal, nouns in chance.sample(shelf, min(carried_out, len(shelf))) if once else (chance.choice(shelf) for _ in range(carried_out)):
         nouns = [world.name() if chance.random() < renamed else noun for noun in nouns]
         first = goal(nouns) + ([words.newline] + chance.choice(words.views)[:chance.randint(5, 100 if long else 20)] if chance.random() < 0.5 else [])
+        if far: first, far = first + far_away(chance, words, far), 0
         words.turn(document, "user", first)
         carry_out(chance, world, document, plan, nouns, interrupted, long)
         if len(document.ids) > length: break
@@ -251,13 +272,14 @@ def plays(chance: random.Random, words: Words, length: int) -> Document:
         words.turn(document, "user", observation, 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #a8cb7c2e
+# %% ../nbs/09a_lookup.ipynb #4b60a0d9
 @dataclass(frozen=True)
 class Phase:
     "A stretch of the curriculum: documents are drawn from `mix` until so many tokens were read."
     until: int  # tokens read at its end
     length: int  # tokens of a document at most
     mix: tuple[tuple[str, float, Callable], ...]  # (name, share, generator)
+    batch: int | None = None  # documents a step; None: the recipe's
 
     def draw(self, chance: random.Random, words: Words) -> tuple[str, Document]:
         "A document and the name of its kind."
@@ -276,3 +298,10 @@ def curriculum(tokens: int = 6_000_000  # to read in all
                                              ("procedures", 0.13, partial(procedures, renamed=0.0)), ("renamed", 0.55, procedures))),
             Phase(tokens, 768, (("repeats", 0.08, repeats), ("play", 0.12, plays), ("procedures", 0.30, partial(dense, renamed=0.0)),
                                 ("renamed", 0.35, dense), ("long", 0.15, procedures))))
+
+# %% ../nbs/09a_lookup.ipynb #e26010a4
+def reach(until: int  # tokens read at its end
+         ) -> Phase:
+    "Repeats and procedures with up to 1,500 tokens between a thing and its use."
+    afar = partial(procedures, steps=(3, 8), listed=(3, 5), carried_out=5, once=True, long=False, far=1200)
+    return Phase(until, 2048, (("far repeats", 0.40, far_repeats), ("far", 0.25, partial(afar, renamed=0.0)), ("far renamed", 0.25, afar), ("play", 0.10, plays)), 6)

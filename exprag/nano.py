@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHT', 'look_back', 'Shape', 'new_model', 'Pretraining', 'optimisers', 'batch_of', 'predict', 'learn',
-           'gather_play', 'save_checkpoint', 'load_checkpoint', 'pretrain', 'as_llama', 'finish', 'nano_path',
-           'load_nano', 'main', 'lookup_accuracy']
+           'gather_play', 'save_checkpoint', 'load_checkpoint', 'speed_at', 'pretrain', 'as_llama', 'finish',
+           'nano_path', 'load_nano', 'main', 'lookup_accuracy']
 
 # %% ../nbs/09b_small_model.ipynb #221bf224
 import json
@@ -20,10 +20,10 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #93981231
+# %% ../nbs/09b_small_model.ipynb #0f2d480b
 from .environment import EASY_TYPES, scienceworld_tasks
 from .expert import collect
-from .lookup import Document, Words, curriculum, periodic, play_texts, plays, procedures, random_play, repeats, train_tokenizer
+from .lookup import Document, Words, curriculum, periodic, play_texts, plays, procedures, random_play, reach, repeats, train_tokenizer
 from .sft import Manifest
 from .trajectory import read_jsonl, write_jsonl
 
@@ -75,11 +75,12 @@ def new_model(tokenizer, shape: Shape = Shape(), seed: int = 0):
 # %% ../nbs/09b_small_model.ipynb #2c901786
 WEIGHT = {"play": 0.25}  # of a kind of document in the loss; 1 where not named
 
-# %% ../nbs/09b_small_model.ipynb #886b04ac
+# %% ../nbs/09b_small_model.ipynb #ce469c30
 @dataclass(frozen=True)
 class Pretraining:
     "The recipe of a pre-training run."
     tokens: int = 6_000_000  # to read
+    reach: int = 900_000  # to read after those, with long gaps
     batch: int = 12  # documents a step
     lr_matrices: float = 0.02  # Muon
     lr_others: float = 0.003  # AdamW: embeddings, norms, biases
@@ -181,7 +182,15 @@ def load_checkpoint(folder: Path, model, steppers: list) -> dict | None:  # prog
             stepper.load_state_dict({"state": state, "param_groups": stepper.state_dict()["param_groups"]})
         return json.loads(file.metadata()["progress"])
 
-# %% ../nbs/09b_small_model.ipynb #1af01dba
+# %% ../nbs/09b_small_model.ipynb #9f3093b4
+def speed_at(recipe: Pretraining, progress: dict  # step and tokens read
+            ) -> float:  # factor of the learning rates
+    "Warm up, hold, cool down; then begin again at a half and cool down over the phase of long gaps."
+    left = (recipe.tokens - progress["tokens"]) / (recipe.tokens * recipe.cool_down)
+    if left <= 0: return max(0.02, 0.5 * (recipe.tokens + recipe.reach - progress["tokens"]) / recipe.reach)
+    return max(0.02, min(1.0, left, (progress["step"] + 1) / recipe.warm_up))
+
+# %% ../nbs/09b_small_model.ipynb #6bdf1e81
 def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
              recipe: Pretraining = Pretraining(), shape: Shape = Shape(),
              threads: int = 1,  # of PyTorch
@@ -197,18 +206,18 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
     torch.set_num_threads(threads)
     play = gather_play(folder / "play.jsonl", recipe)
     tokenizer = train_tokenizer(play_texts(play), recipe.vocabulary)
-    words, phases = Words(tokenizer, play), curriculum(recipe.tokens)
+    total = recipe.tokens + recipe.reach
+    words, phases = Words(tokenizer, play), (*curriculum(recipe.tokens), reach(total))
     model = new_model(tokenizer, shape, recipe.seed).to(device)
     steppers = optimisers(model, recipe)
     progress = load_checkpoint(folder, model, steppers) or {"step": 0, "tokens": 0}
     seen, begun = {}, time.perf_counter()
-    with tqdm(total=recipe.tokens, initial=progress["tokens"], unit="token", unit_scale=True, desc="pre-training") as bar:
-        while progress["tokens"] < recipe.tokens and (stop_after is None or progress["step"] < stop_after):
+    with tqdm(total=total, initial=progress["tokens"], unit="token", unit_scale=True, desc="pre-training") as bar:
+        while progress["tokens"] < total and (stop_after is None or progress["step"] < stop_after):
             phase = next(p for p in phases if progress["tokens"] < p.until)
             chance = random.Random(f"{recipe.seed}/{progress['step']}")
-            kinds, documents = zip(*(phase.draw(chance, words) for _ in range(recipe.batch)))
-            left = (recipe.tokens - progress["tokens"]) / (recipe.tokens * recipe.cool_down)
-            speed = max(0.02, min(1.0, left, (progress["step"] + 1) / recipe.warm_up))
+            kinds, documents = zip(*(phase.draw(chance, words) for _ in range(phase.batch or recipe.batch)))
+            speed = speed_at(recipe, progress)
             for kind, (right, of) in learn(model, steppers, kinds, documents, recipe, speed).items():
                 before = seen.get(kind, (0, 0))
                 seen[kind] = (before[0] + right, before[1] + of)
@@ -221,7 +230,7 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
                     log.write(json.dumps({**progress, "seconds": round(time.perf_counter() - begun), "accuracy": accuracy}) + "\n")
                 seen = {}
                 save_checkpoint(folder, model, steppers, progress)
-    if progress["tokens"] < recipe.tokens:
+    if progress["tokens"] < total:
         save_checkpoint(folder, model, steppers, progress)
         return folder
     return finish(folder, model, tokenizer, recipe, shape)

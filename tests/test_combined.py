@@ -16,7 +16,7 @@ from exprag.trajectory import Task
 from sft_fixtures import episodes, tiny_model
 
 HARD = "power-component"
-RECIPE = replace(RECIPES["nano"], max_steps=5, batch=4, micro_batch=2, warmup=1, dropout=0.1)
+RECIPE = replace(RECIPES["nano"], autocast=False, max_steps=5, batch=4, micro_batch=2, warmup=1, dropout=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from exprag.sft import (Manifest, RunReport, last_checkpoint, match_targets, mod
 from exprag.trajectory import Task
 from sft_fixtures import tiny_model, toy_samples
 
-RECIPE = replace(RECIPES["nano"], name="test", max_steps=12, batch=4, micro_batch=2, warmup=2, dropout=0.1, save_steps=5, dev_steps=6)
+RECIPE = replace(RECIPES["nano"], name="test", autocast=False, max_steps=12, batch=4, micro_batch=2, warmup=2, dropout=0.1, save_steps=5, dev_steps=6)
 HERE = Path(__file__).parent
 
 
