@@ -1,4 +1,4 @@
-"The record: values, identity, files, chat messages, ShareGPT."
+"The record: values, identity, files."
 import json
 import os
 import pickle
@@ -6,37 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
+from trajectory_strategies import calm, example, mapping, number, tasks, trajectories
 
 from exprag.trajectory import (
-    FrozenMap, SCHEMA_VERSION, Step, Task, Trajectory, TrajectoryError, from_messages, from_sharegpt, iter_jsonl,
-    normalise_score, read_jsonl, to_messages, to_sharegpt, write_jsonl)
-
-calm = settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))  # a busy machine is no failure
-text = st.text(max_size=40) | st.sampled_from(
-    ["", "Thought: a\nAction: b", "Action: wait", "Action:\nwait", "a\n\nb", "\n\n", "\n", "Thought:", "\ud800", "\u2028", "\x85", "\r\n", "<|im_end|>"])
-word = st.text(st.characters(exclude_characters="/@", exclude_categories=("Cs",)), min_size=1, max_size=8)
-number = st.floats(-100, 100) | st.integers(-100, 100)
-value = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | text,
-                     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2), max_leaves=4)
-mapping = st.dictionaries(text, value, max_size=3)
-own_extra = st.dictionaries(st.sampled_from(["colour", "seconds", "loss_scale"]), value, max_size=2)
-tasks = st.builds(Task, st.just("scienceworld"), word, st.integers(0, 999).map(str) | word, st.sampled_from(["train", "dev", "test"]))
-plain_steps = st.builds(Step, text, text, number, st.none() | text, st.just(()), own_extra)
-call = st.fixed_dictionaries({"id": st.uuids().map(str), "type": st.just("function"),
-                              "function": st.fixed_dictionaries({"name": word, "arguments": text})})
-one_call = st.builds(lambda a, o, t, c: Step(a, o, thought=t, tool_calls=[c]), text, text, st.none() | text, call)
-several = st.builds(lambda a, o, t, cs, r: Step(a, o, thought=t, tool_calls=[{**c, "result": r + str(i)} for i, c in enumerate(cs)]),
-                    text, text, st.none() | text, st.lists(call, min_size=1, max_size=3), text)
-steps = plain_steps | one_call | several
-trajectories = st.builds(Trajectory, tasks, text, text, st.lists(steps, max_size=4).map(tuple), st.none() | number, st.none() | st.booleans(),
-                         text, mapping, mapping, own_extra)
-
-
-def example(**changes) -> Trajectory:
-    fields = dict(task=Task("scienceworld", "boil", 3, "train"), goal="Boil water.", first_observation="A kitchen.",
-                  steps=(Step("activate stove", "It is on.", 5),), settings={"simplification": "easy"})
-    return Trajectory(**{**fields, **changes})
+    FrozenMap, SCHEMA_VERSION, Step, Task, Trajectory, TrajectoryError, iter_jsonl, normalise_score, read_jsonl, write_jsonl)
 
 
 # -- values
@@ -194,67 +168,12 @@ def test_bom_and_windows_line_ends(tmp_path):
     assert len(read_jsonl(path)[0]) == 2
 
 
-# -- chat
-
-@calm
-@given(trajectories)
-def test_messages_round_trip(trajectory):
-    back = from_messages(json.loads(json.dumps(to_messages(trajectory))), trajectory.task, settings=trajectory.settings)
-    assert back.id == trajectory.id
-
-
-@calm
-@given(trajectories)
-def test_messages_round_trip_as_text(trajectory):
-    try: messages = to_messages(trajectory, thoughts="text")
-    except TrajectoryError as error:
-        assert "thoughts='field'" in str(error)
-        return
-    assert from_messages(messages, trajectory.task, thoughts="text", settings=trajectory.settings).id == trajectory.id
-
-
-@calm
-@given(trajectories, st.lists(text, min_size=2, max_size=2), text)
-def test_system_and_preamble_survive(trajectory, preamble, system):
-    messages = to_messages(trajectory)
-    before = [{"role": "system", "content": system}, {"role": "user", "content": preamble[0]}, {"role": "assistant", "content": preamble[1]}]
-    read = from_messages(before + messages, trajectory.task, preamble=2, settings=trajectory.settings)
-    assert read.id == trajectory.id and to_messages(read) == before + messages
-
-
-@calm
-@given(st.builds(Trajectory, tasks, text, text, st.lists(plain_steps, max_size=4).map(tuple)), st.sampled_from(["text", "field"]),
-       st.lists(st.none() | st.booleans(), min_size=4, max_size=4))
-def test_sharegpt_round_trip(trajectory, style, losses):
-    marked = Trajectory(trajectory.task, trajectory.goal, trajectory.first_observation,
-                        tuple(Step(s.action, s.observation, thought=s.thought, extra={"loss": loss}) for s, loss in zip(trajectory.steps, losses)))
-    try: record = json.loads(json.dumps(to_sharegpt(marked, thoughts=style)))
-    except TrajectoryError: return
-    back = from_sharegpt(record, marked.task, thoughts=style)
-    assert back == marked and to_sharegpt(back, thoughts=style) == record
-
-
-@pytest.mark.parametrize("roles, said", [
-    (["assistant"], "message 1"), ([], "message 1"), (["user", "user"], "message 2"), (["user", "assistant", "assistant"], "messages 2 and 3"),
-    (["user", "assistant", "user", "user"], "two user turns"), (["user", "robot"], "message 2 has role 'robot'"), (["user", "tool"], "message 2"),
-    (["user", "assistant", "tool"], "no call has as its id")])
-def test_what_is_no_episode_is_refused_with_its_place(roles, said):
-    messages = [{"role": role, "content": "x"} for role in roles]
-    with pytest.raises(TrajectoryError, match=said): from_messages(messages, example().task)
-
-
-def test_agentgym_form():
-    record = {"conversations": [{"from": "human", "value": "Instruction", "loss": None}, {"from": "gpt", "value": "OK", "loss": False},
-                                {"from": "human", "value": "Goal\n\nRoom"}, {"from": "gpt", "value": "Thought:\nI go.\n\nAction:\ngo", "loss": True}]}
-    read = from_sharegpt(record, example().task, preamble=2)
-    assert (read.steps[0].action, read.steps[0].thought.strip(), read.steps[0].observation) == ("go", "I go.", "")
-
-
-def test_image_parts_are_refused():
-    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    with pytest.raises(TrajectoryError, match="only text"): from_messages(messages, example().task)
-
-
 def test_import_is_light():
     code = "import sys, exprag.trajectory; print(any(m in sys.modules for m in ('torch', 'numpy', 'py4j')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_the_chapter_holds_no_other_format():
+    "Conversations live in exprag.chat, and are not handed on from here."
+    import exprag.trajectory
+    assert not {"to_messages", "from_messages", "to_sharegpt", "from_sharegpt"} & set(dir(exprag.trajectory))
