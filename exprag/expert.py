@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['REJECTED', 'AMBIGUOUS', 'EXPERT_CAP', 'NOTHING', 'SYNONYMS', 'WAIT_TICKS', 'ROOM', 'DOOR', 'WAYS', 'accepted',
-           'in_template_words', 'wait_instead', 'rooms', 'shortest_walk', 'tidied', 'expert', 'CollectReport',
-           'attempt', 'collect']
+           'in_template_words', 'wait_instead', 'rooms', 'shortest_walk', 'way_to', 'tidied', 'cleaned', 'attempted',
+           'expert']
 
-# %% ../nbs/01b_expert.ipynb #ad29902f
-import queue
+# %% ../nbs/01b_expert.ipynb #10865676
 import re
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
-from .environment import Environment, ScienceWorldEnv, SimulatorError, gold_path, known, play
+from .environment import ScienceWorldEnv, gold_path, known, play
 from .trajectory import Task, Trajectory
 
 # %% ../nbs/01b_expert.ipynb #6ca88302
@@ -92,108 +89,55 @@ def shortest_walk(start: str, end: str, doors: Mapping[str, Sequence[str]]) -> l
 # %% ../nbs/01b_expert.ipynb #e28768f3
 WAYS = ("walk", "teleport", "words")
 
-# %% ../nbs/01b_expert.ipynb #41ed1517
+# %% ../nbs/01b_expert.ipynb #1d0bb36f
+def way_to(room: str, start: str, doors: Mapping[str, Sequence[str]], how: str) -> list[str]:  # actions, none if it is the same room
+    "The actions that lead from one room to another: through doors one by one, or by one 'teleport'."
+    if room == start: return []
+    return [f"teleport to {room}"] if how == "teleport" else [f"go to {r}" for r in shortest_walk(start, room, doors)]
+
+# %% ../nbs/01b_expert.ipynb #687d0884
 def tidied(trajectory: Trajectory,  # an expert's episode
            how: str = "walk"  # 'walk': shortest way through doors; 'teleport': one action; 'words': keeps every tick of time
           ) -> tuple[str, ...]:  # to be replayed: only the simulator can say whether it still works
     "Its actions in template words, by the direct way, without what came to nothing, and waiting rather than watching."
     if known(how, WAYS, "way to tidy") == "words": return tuple(wait_instead(map(in_template_words, trajectory.actions)))
     places, doors = rooms(trajectory)
-    actions, start, looked = [], places[0], False
-
-    def arrive(room: str) -> list[str]:  # from where the last real action was done
-        if room == start: way = []
-        elif how == "teleport": way = [f"teleport to {room}"]
-        else: way = [f"go to {r}" for r in shortest_walk(start, room, doors)]
-        return way + ["look around"] * looked
-
+    actions, start, looked = [], places[0], False  # where the last real action was done; whether it has looked around since
     for step, room, room_after in zip(trajectory.steps, places, places[1:]):
         if NOTHING.match(step.observation): continue
         if step.action == "look around": looked = True
         elif room != room_after: looked = False  # what was seen on the way is not needed
         else:
-            actions += [*arrive(room), in_template_words(step.action)]
+            actions += [*way_to(room, start, doors, how), *["look around"] * looked, in_template_words(step.action)]
             start, looked = room, False
-    return tuple(wait_instead(actions + (arrive(places[-1]) if start != places[-1] else [])))
+    if start != places[-1]: actions += [*way_to(places[-1], start, doors, how), *["look around"] * looked]
+    return tuple(wait_instead(actions))
 
-# %% ../nbs/01b_expert.ipynb #e5ad376f
-def expert(env: ScienceWorldEnv, task: Task,  # where
-           tidy: bool | str = False  # erase detours: True or 'walk', or 'teleport' (`tidied`)
-          ) -> Trajectory | None:  # None: the expert does not reach 100 here
-    "The expert's episode: gold path without rejected lines, kept only if a replay scores 100."
-    raw = play(env, task, gold_path(env, task), cap=EXPERT_CAP)
-    plan, made = accepted(raw), raw
-    while plan != made.actions:  # dropping a line moves every later one in time, so look again
+# %% ../nbs/01b_expert.ipynb #60a9eef9
+def cleaned(env: ScienceWorldEnv, task: Task) -> Trajectory:  # its score says whether it reaches the goal
+    "The gold path, played again without its rejected lines until every line is accepted."
+    made = play(env, task, gold_path(env, task), cap=EXPERT_CAP)
+    while (plan := accepted(made)) != made.actions:  # dropping a line moves every later one in time, so look again
         made = play(env, task, plan, cap=EXPERT_CAP)
-        plan = accepted(made)
-    if not made.success: return None
+    return made
+
+# %% ../nbs/01b_expert.ipynb #54e7b840
+def attempted(env: ScienceWorldEnv, task: Task,  # where
+              tidy: bool | str = False  # erase detours: True or 'walk', or 'teleport' (`tidied`)
+             ) -> Trajectory:  # marked by its success
+    "What the expert does, whether it reaches the goal or not: what failed is never tidied."
+    made = cleaned(env, task)
     provenance = {"actor": "expert", "gold_steps": len(made)}
-    for how in dict.fromkeys(("walk" if tidy is True else tidy, "words")) if tidy else ():
+    for how in dict.fromkeys(("walk" if tidy is True else tidy, "words")) if tidy and made.success else ():
         shorter = play(env, task, tidied(made, how), cap=EXPERT_CAP)
         if shorter.success and accepted(shorter) == shorter.actions:
             return replace(shorter, provenance={**provenance, "tidy": how})
     return replace(made, provenance=provenance)
 
-# %% ../nbs/01b_expert.ipynb #8b2bf387
-@dataclass(frozen=True)
-class CollectReport:
-    "What came of `collect`."
-    kept: int  # trajectories given to the sink
-    skipped: int  # tasks that were done before
-    failed: tuple[tuple[Task, str], ...]  # tasks without a trajectory, and why
-    restarted: int  # simulators that died or hung and were replaced
-
-# %% ../nbs/01b_expert.ipynb #970ca5e4
-def attempt(env: Environment, task: Task, run: Callable, timeout: float,  # seconds
-            attempts: int) -> tuple[Trajectory | None, str, int]:  # what came of it, why nothing did, restarts
-    "Run one episode; a simulator that dies or hangs is replaced and the episode run again."
-    for restarts in range(attempts):
-        watchdog = threading.Timer(timeout, env.kill)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            made = run(env, task)
-            return made, "" if made is not None else f"{getattr(run, '__name__', run)} does not reach the goal", restarts
-        except SimulatorError as error: reason = str(error)
-        finally: watchdog.cancel()
-    return None, f"{attempts} simulators died or took more than {timeout:g} s; the last: {reason}", attempts
-
-# %% ../nbs/01b_expert.ipynb #53324ed6
-def collect(tasks: Iterable[Task],  # which; each once
-            sink: Callable[[Trajectory], object],  # called in this thread as each is done, in no fixed order
-            workers: int = 1,  # simulators at a time: each a process of its own, of about 400 MB
-            run: Callable[[Environment, Task], Trajectory | None] = expert,  # plays one episode
-            progress: bool = True,  # show a bar
-            done: Callable[[Task], bool] = lambda task: False,  # true: skip this task, it is there
-            env_factory: Callable[[], Environment] = ScienceWorldEnv,  # makes a worker's environment
-            timeout: float = 900.0,  # seconds an episode may take before its simulator is killed
-            attempts: int = 3  # simulators that an episode may use up
-           ) -> CollectReport:
-    "Play an episode of each task on several simulators; the set of results does not depend on how many."
-    from tqdm.auto import tqdm
-    tasks = list(dict.fromkeys(tasks))
-    wanted = [t for t in tasks if not done(t)]
-    environments = [env_factory() for _ in range(min(workers, len(wanted)) or 1)]
-    free, stopped, kept, restarted, failed = queue.SimpleQueue(), threading.Event(), 0, 0, []
-    for env in environments: free.put(env)
-
-    def work(task):
-        env = free.get()
-        try: return None if stopped.is_set() else (task, *attempt(env, task, run, timeout, attempts))
-        finally: free.put(env)
-
-    pool = ThreadPoolExecutor(len(environments))
-    try:
-        for future in tqdm(as_completed([pool.submit(work, t) for t in wanted]), total=len(wanted), disable=not progress, desc="episodes"):
-            task, made, reason, restarts = future.result()
-            restarted += restarts
-            if made is None: failed.append((task, reason))
-            else:
-                sink(made)
-                kept += 1
-    finally:
-        stopped.set()
-        for env in environments: getattr(env, "kill", env.close)()  # an interrupted episode ends now, not when it is over
-        pool.shutdown(wait=True, cancel_futures=True)
-        for env in environments: env.close()
-    return CollectReport(kept, len(tasks) - len(wanted), tuple(sorted(failed)), restarted)
+# %% ../nbs/01b_expert.ipynb #4ef567ae
+def expert(env: ScienceWorldEnv, task: Task,  # where
+           tidy: bool | str = False  # as in `attempted`
+          ) -> Trajectory | None:  # None: the expert does not reach 100 here
+    "The expert's episode: gold path without rejected lines, kept only if a replay scores 100."
+    made = attempted(env, task, tidy)
+    return made if made.success else None

@@ -14,28 +14,7 @@ from exprag.environment import (
     ScienceWorldEnv, SimulatorError, action_templates, find_java, fits_template, gold_path, java_version, panel, play, scienceworld_tasks, side, spread, step_cap)
 from exprag.expert import expert
 from exprag.trajectory import Task
-
-TYPES = EASY_TYPES + HARD_TYPES
-QUICK = Task("scienceworld", "find-plant", 0, "train")
-
-
-def task(kind: str, variation: int = 0, fold: str = "train") -> Task:
-    return Task("scienceworld", kind, variation, fold)
-
-
-def java_children() -> set[int]:
-    "Process ids of this process's own JVMs."
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try: fields, name = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split(), open(f"/proc/{pid}/comm").read().strip()
-        except OSError: continue
-        if name == "java" and int(fields[1]) == os.getpid() and fields[0] != "Z": found.add(int(pid))
-    return found
-
-
-@pytest.fixture(scope="module")
-def env():
-    with ScienceWorldEnv() as made: yield made
+from worlds import QUICK, TYPES, env, java_children, task  # noqa: F401
 
 
 # -- tasks, folds, panels: no simulator
