@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPOSITIONS', 'FUNCTION_WORDS', 'WORD', 'LEAST_ALIKE', 'LONGEST_NOUN', 'DEFAULT_STAGES', 'composition', 'same_task',
-           'Candidate', 'Dropped', 'Stage', 'exclude_same_task', 'successes_only', 'top_k', 'label_of', 'token_budget',
-           'order', 'run_stages', 'Selection', 'Table', 'is_noun_like', 'replaced_pairs', 'noun_mapping', 'substitute',
-           'adapt', 'adapt_to_goal', 'digest_of', 'with_adaptation', 'Memory', 'NoMemory']
+           'spelled', 'Candidate', 'Dropped', 'Stage', 'exclude_same_task', 'successes_only', 'top_k', 'label_of',
+           'token_budget', 'order', 'run_stages', 'Selection', 'Table', 'is_noun_like', 'replaced_pairs',
+           'noun_mapping', 'substitute', 'adapt', 'adapt_to_goal', 'digest_of', 'with_adaptation', 'Memory', 'NoMemory']
 
-# %% ../nbs/04_select.ipynb #33022d78
+# %% ../nbs/04_select.ipynb #423d8898
 import difflib
 import json
 import re
@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from .environment import side
 from .query import Hit, Retriever
-from .store import Store, view as view_named
-from .trajectory import FrozenMap, Step, Task, Trajectory
+from .store import Store
+from .trajectory import FrozenMap, Step, Task, Trajectory, thaw
+from .views import view as view_named
 
 # %% ../nbs/04_select.ipynb #85f53493
 COMPOSITIONS = ("all", "easy", "hard", "matched", "mismatched", "empty")
@@ -39,19 +40,25 @@ def composition(store: Store,
     types = [t for t in store.types(task.world) if side(t) == wanted]
     return frozenset(store.find(world=task.world, types=types, folds=["train"]))
 
-# %% ../nbs/04_select.ipynb #51035a76
+# %% ../nbs/04_select.ipynb #c6150a9b
 def same_task(a: Trajectory | Task,
               b: Trajectory | Task) -> bool:
     "Whether these are the same task (world, type, variation) or the same content."
     if isinstance(a, Trajectory) and isinstance(b, Trajectory) and a.id == b.id: return True
     first, second = (getattr(x, "task", x) for x in (a, b))
-    return (first.world, first.type, first.variation) == (second.world, second.type, second.variation)
+    return (first.world, first.type, spelled(first.variation)) == (second.world, second.type, spelled(second.variation))
 
-# %% ../nbs/04_select.ipynb #2850d652
+# %% ../nbs/04_select.ipynb #032c2864
+def spelled(variation: str) -> str:
+    "A variation as it is compared: '007' is '7'."
+    return str(int(variation)) if variation.isascii() and variation.isdigit() and len(variation) < 19 else variation
+
+# %% ../nbs/04_select.ipynb #819ef746
 class Candidate(NamedTuple):
     "An episode that a retriever found, ready to be judged."
     hit: Hit  # id, score and rank
     experience: Trajectory  # what an agent would read
+    note: str = ""  # what a stage did with it, for the explanation
 
 # %% ../nbs/04_select.ipynb #325efa03
 @dataclass(frozen=True)
@@ -63,14 +70,14 @@ class Dropped:
     hit: Hit | None = None  # how near it was
     task: Task | None = None  # whose episode it is
 
-# %% ../nbs/04_select.ipynb #b2f87611
+# %% ../nbs/04_select.ipynb #cf943ade
 @dataclass(frozen=True)
 class Stage:
     "A named step of the selection."
     name: str
     run: Callable = field(repr=False, compare=False)  # (trajectory, candidates) -> [(candidate, None or the reason to drop it)], in order
     settings: Mapping = FrozenMap()  # JSON: with the name, all that decides what it does
-    limits: bool = False  # whether a candidate can be dropped for want of room, rather than for what it is
+    limits: bool = False  # whether, once it has dropped a candidate, there is no use in offering it farther ones
 
     def __call__(self, trajectory: Trajectory,  # where the agent stands
                  candidates: Sequence[Candidate]  # in order
@@ -82,7 +89,7 @@ class Stage:
 
     def describe(self) -> dict:
         "Name and settings, as JSON."
-        return {"stage": self.name, **self.settings}
+        return {"stage": self.name, **thaw(self.settings)}
 
 # %% ../nbs/04_select.ipynb #e7527cab
 def exclude_same_task() -> Stage:
@@ -98,12 +105,14 @@ def successes_only() -> Stage:
     def run(trajectory, candidates): return [(c, words.get(c.experience.success)) for c in candidates]
     return Stage("successes_only", run)
 
-# %% ../nbs/04_select.ipynb #0f0f9ea9
+# %% ../nbs/04_select.ipynb #1410e41f
 def top_k(k: int  # how many to keep; 0 is legal
          ) -> Stage:
     "Keep the first `k`."
     if k < 0: raise ValueError(f"top_k({k}): k is a number of episodes, 0 or more")
-    def run(trajectory, candidates): return [(c, None if i < k else f"{k} were nearer") for i, c in enumerate(candidates)]
+    def run(trajectory, candidates):
+        farthest = max((c.hit.rank for c in candidates[:k]), default=0)
+        return [(c, None if i < k else f"{k} were nearer" if c.hit.rank > farthest else f"{k} came before it") for i, c in enumerate(candidates)]
     return Stage("top_k", run, FrozenMap({"k": k}), limits=True)
 
 # %% ../nbs/04_select.ipynb #8761b9c4
@@ -149,13 +158,14 @@ def run_stages(stages: Sequence[Stage],
         dropped += gone
     return kept, dropped
 
-# %% ../nbs/04_select.ipynb #503636ba
+# %% ../nbs/04_select.ipynb #b0317e07
 @dataclass(frozen=True)
 class Selection:
     "What goes into the context, and what was left out and why."
     experiences: tuple[Trajectory, ...] = ()  # in the order in which they are read
     hits: tuple[Hit, ...] = ()  # one for each experience: its id in the store, score and rank
     dropped: tuple[Dropped, ...] = ()  # by rank
+    notes: tuple[str, ...] = ()  # one for each experience, or none: what the stages did with it
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -170,7 +180,9 @@ class Selection:
     def explain(self, most: int | None = 20  # rows; None: all
                ) -> "Table":
         "A row for each candidate: how near, whose, and what became of it."
-        rows = [(h.rank, h.score, h.id, e.task, "taken", f"place {i}") for i, (h, e) in enumerate(zip(self.hits, self.experiences), 1)]
+        notes = self.notes or ("",) * len(self)
+        rows = [(h.rank, h.score, h.id, e.task, "taken", f"place {i}" + (f"; {note}" if note else ""))
+                for i, (h, e, note) in enumerate(zip(self.hits, self.experiences, notes), 1)]
         rows += [(d.hit.rank if d.hit else 0, d.hit.score if d.hit else float("nan"), d.id, d.task, f"dropped: {d.stage}", d.reason) for d in self.dropped]
         rows.sort(key=lambda row: (row[0], row[2]))
         return Table(("rank", "score", "id", "task", "what", "why"),
@@ -270,16 +282,16 @@ def digest_of(description: Mapping) -> str:  # 16 hex digits
     "A hash of a description."
     return sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_select.ipynb #d0038a20
+# %% ../nbs/04_select.ipynb #a010ecca
 def with_adaptation(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    "The stages, with `adapt_to_goal` before the first token budget, or at the end."
-    place = next((i for i, s in enumerate(stages) if s.name == "token_budget"), len(stages))
+    "The stages, with `adapt_to_goal` before the first one that counts what is read, or at the end."
+    place = next((i for i, s in enumerate(stages) if "view" in s.settings), len(stages))
     return (*stages[:place], adapt_to_goal(), *stages[place:])
 
 # %% ../nbs/04_select.ipynb #d95605c7
 DEFAULT_STAGES = (exclude_same_task(), successes_only(), top_k(2))  # the paper's default is two experiences
 
-# %% ../nbs/04_select.ipynb #b7e6df2c
+# %% ../nbs/04_select.ipynb #c4aba464
 class Memory:
     "Experience for an agent: a retriever, a composition of the index, and stages."
     def __init__(self, retriever: Retriever,
@@ -287,10 +299,12 @@ class Memory:
                  composition: str = "all",  # one of `COMPOSITIONS`
                  view: str = "actions",  # how experiences are to be shown
                  adapted: bool = False,  # put the nouns of the task at hand into them
-                 pool: int = 20):  # candidates to begin with
+                 pool: int = 20,  # candidates to begin with
+                 only: Mapping | None = None):  # more filters, as `Store.find` takes them, e.g. {'types': ['boil']}
         if composition not in COMPOSITIONS: raise ValueError(f"composition {composition!r} is unknown; there are {', '.join(COMPOSITIONS)}")
         view_named(view)  # an unknown view is an error here, not in the middle of an episode
-        self.retriever, self.composition, self.view, self.adapted, self.pool = retriever, composition, view, adapted, pool
+        self.retriever, self.composition, self.view, self.adapted, self.pool, self.only = retriever, composition, view, adapted, pool, dict(only or {})
+        if self.only: retriever.store.find(**self.only)  # and so is a filter that the store does not know
         self.stages = with_adaptation(stages) if adapted else tuple(stages)
         if wrong := [s.settings["view"] for s in self.stages if s.settings.get("view", view) != view]:
             raise ValueError(f"the token budget counts the view {wrong[0]!r}, and this memory shows {view!r}; give both the same view")
@@ -299,18 +313,21 @@ class Memory:
               ) -> Selection:  # perhaps an empty one
         "The experience to read before acting on."
         n, allow = self.pool, composition(self.retriever.store, self.composition, trajectory.task)
+        if self.only: allow &= frozenset(self.retriever.store.find(**self.only))
+        fetch = getattr(self.retriever, "fetch", None) or (lambda hit: self.retriever.store.get(hit.id))
         while True:
             hits = self.retriever.search(trajectory, n, allow)
-            kept, dropped = run_stages(self.stages, trajectory, [Candidate(h, self.retriever.store.get(h.id)) for h in hits])
+            kept, dropped = run_stages(self.stages, trajectory, [Candidate(h, fetch(h)) for h in hits])
             full = any(s.limits and any(d.stage == s.name for d in dropped) for s in self.stages)
             if full or len(hits) < n or not any(s.limits for s in self.stages): break
             n *= 4
-        return Selection(tuple(c.experience for c in kept), tuple(c.hit for c in kept), tuple(sorted(dropped, key=lambda d: d.hit.rank)))
+        notes = tuple(c.note for c in kept) if any(c.note for c in kept) else ()
+        return Selection(tuple(c.experience for c in kept), tuple(c.hit for c in kept), tuple(sorted(dropped, key=lambda d: d.hit.rank)), notes)
 
     def describe(self) -> dict:
         "All that decides what it recalls, as JSON."
         return {"kind": "retrieved", "composition": self.composition, "view": self.view, "adapted": self.adapted, "pool": self.pool,
-                "stages": [s.describe() for s in self.stages], "retriever": self.retriever.describe()}
+                **({"only": self.only} if self.only else {}), "stages": [s.describe() for s in self.stages], "retriever": self.retriever.describe()}
 
     @property
     def fingerprint(self) -> str:

@@ -190,6 +190,31 @@ def test_adapted_memory_counts_what_is_read(store, retriever):
     assert Memory(retriever, (top_k(1),), adapted=True).stages[-1].name == adapt_to_goal().name
 
 
+def test_filters_narrow_the_search(store, retriever):
+    narrow = Memory(retriever, only={"types": ["melt"], "success": True})
+    assert [e.task.type for e in narrow.recall(standing())] == ["melt", "melt"] and json.loads(json.dumps(narrow.describe())) == narrow.describe()
+    assert narrow.fingerprint != Memory(retriever).fingerprint and "only" not in Memory(retriever).describe()
+    assert len(Memory(retriever, composition="hard", only={"types": ["melt"]}).recall(standing())) == 0, "a filter narrows a composition"
+    with pytest.raises(TypeError):
+        Memory(retriever, only={"colour": "blue"})
+
+
+@pytest.mark.parametrize("only, wanted", [({"namespace": "team"}, {"0", "1"}), ({"authors": ["ann"]}, {"1", "2"}), ({"since": 0.0}, None), ({"until": 1.0}, set()),
+                                          ({"namespace": "team", "authors": ["ann"]}, {"1"})])
+def test_filters_by_namespace_author_and_date(store, retriever, only, wanted):
+    store.add_many([episode(i, "boil", tag="n", goal=f"boil the kettle {i}") for i in (0,)], namespace="team")
+    store.add_many([replace(episode(1, "boil", tag="n"), provenance={"author": "ann"})], namespace="team")
+    store.add_many([replace(episode(2, "boil", tag="n"), provenance={"author": "ann"})])
+    chosen = Memory(retriever, (top_k(100),), only=only).recall(standing("boil"))
+    assert {e.task.variation for e in chosen} == wanted if wanted is not None else len(chosen) > 20
+
+
+def test_notes_of_stages_are_explained():
+    kept = Candidate(Hit("a", 0.9, 1), episode(1), "told in brief")
+    chosen = Selection((kept.experience,), (kept.hit,), (), (kept.note,))
+    assert "place 1; told in brief" in str(chosen.explain()) and "place 1" in str(Selection((kept.experience,), (kept.hit,)).explain())
+
+
 # Adapting
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from exprag.store import VIEWS, Added, Database, Store, StoreError, UnknownTrajectory, actions, chat, cue, id_set_hash, view
-from exprag.trajectory import Step, Task, Trajectory
+from exprag.store import MIGRATIONS, VIEWS, Added, Database, Store, StoreError, UnknownTrajectory, actions, author_of, chat, cue, id_set_hash, spell, statements, view
+from exprag.trajectory import Step, Task, Trajectory, canonical_json
 
 
 def episode(i=0, type="boil", fold="train", score=100.0, success=True, variation=None, steps=3, **more):
@@ -152,7 +153,7 @@ def test_wrong_files(tmp_path):
     raw = sqlite3.connect(tmp_path / "future.db")
     raw.execute("PRAGMA user_version = 99")
     raw.commit(), raw.close()
-    with pytest.raises(StoreError, match="has schema 99 and this release knows schema 1.*upgrade"):
+    with pytest.raises(StoreError, match="has schema 99 and this release knows schema 2.*upgrade"):
         Store(tmp_path / "future.db")
     with pytest.raises(StoreError, match="is not there"):
         Store(tmp_path / "typo.db", create=False)
@@ -308,6 +309,203 @@ def test_behaves_like_a_dict(tmp_path_factory, moves):
                 with pytest.raises(KeyError):
                     store.get(e.id)
         assert {t.id: t for t in store} == model
+
+
+# Spelling, authors, namespaces, words
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-10**20, 10**20) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+                           lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2), max_leaves=5)
+objects = st.dictionaries(st.text(max_size=4), json_values, max_size=2)
+steps_made = st.builds(Step, st.text(max_size=8), st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False) | st.integers(-3, 3), st.none() | st.text(max_size=4),
+                       st.lists(objects, max_size=1).map(tuple), objects)
+names = st.text(min_size=1, max_size=4).filter(lambda s: "/" not in s and "@" not in s)
+anything = st.builds(Trajectory, st.builds(Task, names, names, names, names), st.text(max_size=8), st.text(max_size=8), st.lists(steps_made, max_size=3).map(tuple),
+                     st.none() | st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([None, True, False]), st.text(max_size=4), objects, objects, objects)
+
+
+@settings(max_examples=400, deadline=None)
+@given(anything)
+def test_spelling_is_canonical_to_the_byte(trajectory):
+    assert spell(trajectory) == (trajectory.id, canonical_json(trajectory.to_dict()).decode("ascii"))
+
+
+@pytest.mark.parametrize("provenance, author", [({}, ""), ({"actor": "a"}, "a"), ({"actor": "a", "author": "b"}, "b"), ({"author": None, "actor": "a"}, "a"), ({"actor": {"n": 1}}, '{"n":1}'), ({"actor": 7}, "7")])
+def test_authors(store, provenance, author):
+    one = replace(episode(1), provenance=provenance)
+    store.add(one)
+    assert author_of(one) == author and store.find(authors=[author]) == [one.id] and store.find(authors=["x"]) == []
+
+
+def test_who_finishes_an_episode_answers_for_it(store):
+    store.add(replace(episode(1), score=None, success=None, provenance={"actor": "a"}))
+    store.add(replace(episode(1), provenance={"actor": "b"}))
+    assert store.find(authors=["b"]) == [episode(1).id] and store.get(episode(1).id).provenance == {"actor": "b"}
+
+
+def test_namespaces_see_their_own(store):
+    assert store.add_many([episode(0), episode(1)], namespace="a") == (2, 0) and store.add_many([episode(1), episode(2)], namespace="b") == (1, 1)
+    store.add(episode(3))
+    assert store.namespaces() == {"a": 2, "b": 2} and len(store) == 4 and len(store.find(namespace="a", types=["boil"])) == 2
+    store.delete(episode(1).id)
+    assert store.namespaces() == {"a": 1, "b": 1} and store.find(namespace="c") == []
+    with pytest.raises(ValueError, match="has no name"):
+        store.add_many([episode(9)], namespace="")
+    assert store.find(since=0.0, until=time.time() + 1) == store.find() and store.find(until=1.0) == []
+
+
+def test_words_find_and_follow(store):
+    store.add_many([episode(i, goal_) for i, goal_ in enumerate(["boil", "melt", "boil"])])
+    ids = [episode(i, g).id for i, g in enumerate(["boil", "melt", "boil"])]
+    assert store.put_texts("goal", {ids[0]: "boil the red water", ids[1]: "melt the red wax", ids[2]: "boil water, water", "0" * 32: "boil"}) == 3
+    found = store.match("goal", "WATER!")
+    assert [id for id, _ in found] == [ids[2], ids[0]] and found[0][1] > found[1][1]
+    assert store.match("goal", "water", allow=[ids[0]])[0][0] == ids[0] and store.match("other", "water") == [] and store.match("goal", "water", n=1) == found[:1]
+    for odd in ('"', "NEAR(", "a* OR", "text:x", "", "-", "^", "\x00", "\ud800"): assert store.match("goal", odd) == []
+    store.put_texts("goal", {ids[2]: "freeze tea"})
+    assert store.match("goal", "water")[0][0] == ids[0] and len(store.text_ids("goal")) == 3
+    store.delete(ids[0])
+    assert store.match("goal", "water") == [] and store.put_texts("goal", {}) == 0
+
+
+def test_a_script_is_cut_into_statements():
+    assert [s.split()[1] for s in statements("CREATE TABLE a(x); CREATE TRIGGER t AFTER INSERT ON a BEGIN DELETE FROM a; DELETE FROM a; END; DROP TABLE b;")] == ["TABLE", "TRIGGER", "TABLE"]
+    assert sum(len(statements(script)) for script in MIGRATIONS) == 17
+
+
+class Model(RuleBasedStateMachine):
+    "A store against dictionaries, whatever is done to it in whatever order, by two connections."
+    def __init__(self):
+        super().__init__()
+        import tempfile
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = os.path.join(self.folder.name, "bank.db")
+        self.stores = [Store(self.path), Store(self.path)]
+        self.episodes, self.spaces, self.vectors, self.texts = {}, {}, {}, {}
+
+    numbers, which = st.integers(0, 7), st.integers(0, 1)
+
+    @rule(i=numbers, n=which, space=st.sampled_from([None, "a", "b"]))
+    def add(self, i, n, space):
+        one = episode(i, steps=1)
+        assert self.stores[n].add_many([one, one], namespace=space) == ((0, 2) if one.id in self.episodes else (1, 1))
+        self.episodes[one.id] = one
+        if space: self.spaces.setdefault(space, set()).add(one.id)
+
+    @rule(i=numbers, n=which)
+    def delete(self, i, n):
+        id = episode(i, steps=1).id
+        assert self.stores[n].delete(id) == (self.episodes.pop(id, None) is not None)
+        for held in (*self.spaces.values(), self.vectors, self.texts): held.discard(id) if isinstance(held, set) else held.pop(id, None)
+
+    @rule(i=numbers, n=which, value=st.integers(0, 3))
+    def derive(self, i, n, value):
+        id = episode(i, steps=1).id
+        known = int(id in self.episodes)
+        assert self.stores[n].put_vectors("e", "goal", {id: np.full(2, value)}) == known == self.stores[n].put_texts("goal", {id: f"word{value}"})
+        if known: self.vectors[id] = self.texts[id] = value
+
+    @rule(n=which)
+    def reopen(self, n):
+        self.stores[n].close()
+        self.stores[n] = Store(self.path)
+
+    @invariant()
+    def agrees(self):
+        for store in self.stores:
+            assert store.find() == sorted(self.episodes) and store.fingerprint() == id_set_hash(sorted(self.episodes))
+            assert {t.id: t for t in store} == self.episodes
+            assert store.namespaces() == {name: len(ids) for name, ids in self.spaces.items() if ids}
+            ids, array = store.get_vectors("e", "goal")
+            assert dict(zip(ids, array[:, 0].tolist() if ids else [])) == self.vectors
+            for value in range(4): assert [id for id, _ in store.match("goal", f"word{value}")] == sorted(id for id, v in self.texts.items() if v == value)
+
+    def teardown(self):
+        for store in self.stores: store.close()
+        self.folder.cleanup()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=12, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+# Rates, crowds, full disks
+
+
+def test_adding_is_not_far_from_bare_sqlite(tmp_path):
+    """In CPU time, side by side; the chapter on scale has the figures for 100,000."""
+    from exprag.store import COLUMNS, row_of
+    many, shares = [episode(i, steps=25) for i in range(2000)], []
+    for number in range(3):
+        rows = [row_of(t) for t in many]
+        with Store(tmp_path / f"bare{number}.db") as bare, Store(tmp_path / f"ours{number}.db") as ours:
+            begun = time.process_time()
+            for start in range(0, len(rows), 1000):
+                with bare.writing() as connection: connection.executemany(f"INSERT INTO trajectories({', '.join(COLUMNS)}) VALUES (?{',?' * 10})", rows[start:start + 1000])
+            between = time.process_time()
+            ours.add_many([replace(t) for t in many])
+            shares.append((between - begun) / (time.process_time() - between))
+    assert max(shares) > 0.25
+
+
+READER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from exprag.store import Store, id_set_hash
+with Store(sys.argv[1]) as store:
+    print("ready", flush=True)
+    seen = 0
+    while True:
+        ids = store.find()
+        assert len(ids) >= seen, "an episode that was seen is gone"
+        for id in ids[-3:]: assert store.get(id).id == id
+        seen = len(ids)
+        print(seen, flush=True)
+"""
+
+
+def test_two_writers_and_four_readers_at_once(tmp_path):
+    path = tmp_path / "bank.db"
+    writers = [writer(path, 0, 1), writer(path, 1_000_000, 5)]
+    readers = [subprocess.Popen([sys.executable, "-c", READER, str(path), os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for reader in readers: assert reader.stdout.readline() == "ready\n"
+    with Store(path) as store:
+        deadline = time.monotonic() + 60
+        while len(store) < 200 and time.monotonic() < deadline: time.sleep(0.05)
+    for process in (*writers, *readers): process.kill()
+    written = [set(p.stdout.read().split("\n")[:-1]) for p in writers]
+    seen = [[int(n) for n in p.stdout.read().split("\n")[:-1]] for p in readers]
+    assert all(p.wait() == -signal.SIGKILL for p in (*writers, *readers)), "nobody failed before"
+    with Store(path) as store: kept = set(store.find())
+    assert all({id for line in lines for id in line.split()} <= kept for lines in written) and len(kept) >= 200
+    assert all(counts == sorted(counts) and counts for counts in seen)
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_store import episode
+from exprag.store import Store, StoreError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+with Store(sys.argv[1]) as store:
+    for i in range(100_000):
+        try: store.add(episode(i, steps=20))
+        except StoreError as error:
+            print("full:", error, flush=True)
+            break
+        print(episode(i, steps=20).id, flush=True)
+"""
+
+
+def test_a_file_that_may_not_grow_loses_nothing(tmp_path):
+    """A limit on the size of files (RLIMIT_FSIZE) stands for a full disk: the write itself fails, in the log or in the file."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "bank.db"), os.path.dirname(__file__)], capture_output=True, text=True, timeout=120)
+    *ids, last = done.stdout.splitlines()
+    assert last.startswith("full:") and "all that was acknowledged before is kept" in last and len(ids) > 5, done.stderr
+    with Store(tmp_path / "bank.db") as store:
+        assert store.find() == sorted(ids) and all(store.get(id) for id in ids) and store.add(episode(10**6))
+    from exprag.care import doctor
+    assert doctor(tmp_path / "bank.db").ok
 
 
 # Views
