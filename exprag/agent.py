@@ -67,7 +67,7 @@ def weights_digest(model) -> str:
         return flat[::max(1, flat.numel() // 32)][:32].double().tolist()
     return digest([[name, list(tensor.shape), sample(tensor)] for name, tensor in sorted(model.state_dict().items())])
 
-# %% ../nbs/05c_agent.ipynb #80bd7117
+# %% ../nbs/05c_agent.ipynb #a431e5d6
 @dataclass(frozen=True)
 class Action:
     "What a policy answered, and what it cost."
@@ -75,7 +75,7 @@ class Action:
     tokens_in: int  # tokens of the prompt
     tokens_computed: int  # positions the model was run on for this answer
     tokens_out: int  # tokens written, the end-of-turn included
-    stop: str  # 'end' of turn, 'newline', 'length' (max_new_tokens), 'context' (the prompt does not fit; nothing written)
+    stop: str  # 'end' of turn, 'newline', 'length' (max_new_tokens), 'context' (the prompt does not fit; nothing written), 'done' (there is nothing more to write)
 
 # %% ../nbs/05c_agent.ipynb #b0fabda4
 class Seats:
@@ -178,7 +178,7 @@ class HFPolicy:
         if len(prompt) + self.writer.max_new_tokens > self.max_context: return Draft(prompt, None, 0, templates, stop="context")
         return Draft(prompt, *self.engine.prefill(row, prompt), templates)
 
-# %% ../nbs/05c_agent.ipynb #2b28e095
+# %% ../nbs/05c_agent.ipynb #aaf32cdc
 @dataclass
 class Episode:
     "An episode on its way."
@@ -213,8 +213,8 @@ class Episode:
     def act(self, action: Action, patience: int | None) -> None:
         "Take the policy's action to the world, and notice whether the episode is over."
         self.tokens.update(prompt=action.tokens_in, computed=action.tokens_computed, generated=action.tokens_out, cut=int(action.stop == "length"))
-        if action.stop == "context":
-            self.stop = "context"
+        if action.stop in ("context", "done"):
+            self.stop = action.stop
             return
         observation, reward, terminated, truncated, self.info = self.env.step(action.text)
         self.trajectory = self.trajectory.with_step(Step(action.text, observation, reward))

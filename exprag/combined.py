@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'check_experience', 'is_hard', 'thinned', 'Recalled', 'retrieve_for_training', 'check_aligned', 'Budget',
-           'equal_budget', 'index_manifest', 'Leak', 'leaks', 'audit', 'unknown_artefacts']
+           'equal_budget', 'index_manifest', 'Leak', 'true_fold', 'leaks', 'audit', 'unknown_artefacts']
 
-# %% ../nbs/07_combined.ipynb #11ffa822
+# %% ../nbs/07_combined.ipynb #462f0e0a
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
-from .environment import HARD_TYPES, Panel
+from .environment import ALFWORLD, ALFWORLD_HARD, FOLD_SIZES, FOLDS, HARD_TYPES, WORLD, Panel, listed_tasks
 from .samples import LeakError, Sample, opening
 from .select import Selection, same_task
 from .sft import Manifest, RunReport
@@ -36,10 +37,10 @@ def check_experience(trajectory: Trajectory,  # to be trained on
             raise LeakError(f"{trajectory.task} would be trained with {e.task} in its context: hard types may be in an index but not in weights; "
                             "retrieve from the 'matched' or the 'easy' composition")
 
-# %% ../nbs/07_combined.ipynb #cca5b21e
+# %% ../nbs/07_combined.ipynb #560c111a
 def is_hard(task: Task) -> bool:
     "Whether its type must never enter a weight."
-    return task.world == "scienceworld" and task.type in HARD_TYPES
+    return task.type in {WORLD: HARD_TYPES, ALFWORLD: ALFWORLD_HARD}.get(task.world, ())
 
 # %% ../nbs/07_combined.ipynb #deb6c876
 def thinned(selection: Selection,  # what the memory gave
@@ -147,7 +148,15 @@ class Leak:
     artefact: str  # kind and name
     what: str  # the task, or the content's id
 
-# %% ../nbs/07_combined.ipynb #f9b24947
+# %% ../nbs/07_combined.ipynb #8dba1a4f
+def true_fold(task: Task) -> str:
+    "The fold that the world has a task in, whatever its label says; its label where nobody knows."
+    if task.world == ALFWORLD: return next((fold for fold, tasks in listed_tasks(ALFWORLD).items() if replace(task, fold=fold) in tasks), task.fold)
+    if task.world != WORLD or task.type not in FOLD_SIZES or not task.variation.isdigit(): return task.fold
+    ends = accumulate(FOLD_SIZES[task.type])
+    return next((fold for fold, end in zip(FOLDS, ends) if int(task.variation) < end), task.fold)
+
+# %% ../nbs/07_combined.ipynb #139b9afd
 WEIGHTS = ("tokenizer", "pretraining", "adapter")
 
 def leaks(manifest: Manifest,
@@ -160,6 +169,7 @@ def leaks(manifest: Manifest,
     for task in manifest.tasks:
         tuned = manifest.kind == "threshold" and task.fold == "dev"
         if not tuned and any(same_task(task, t) for t in tested.get((task.world, task.type), ())): found.append(Leak(f"a task of panel {panel.name!r}", artefact, str(task)))
+        elif (fold := true_fold(task)) != task.fold: found.append(Leak(f"of the {fold} fold, whatever its label", artefact, str(task)))
         elif manifest.kind != "threshold" and task.fold != "train": found.append(Leak("not of the train fold", artefact, str(task)))
         elif manifest.kind in WEIGHTS and is_hard(task): found.append(Leak("a hard type in weights", artefact, str(task)))
     found += [Leak(f"an episode of panel {panel.name!r}", artefact, id) for id in manifest.contents if id in contents]

@@ -15,11 +15,12 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-# %% ../nbs/10_demo.ipynb #dcae0c6e
+# %% ../nbs/10_demo.ipynb #d240c28f
 from .combined import check_aligned, equal_budget, retrieve_for_training
 from .environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, Panel, ScienceWorldEnv, known, panel, scienceworld_tasks, spread
 from .evaluation import condition, Results, contrast_table, evaluate, memory_for, plot_results, results_table, types_table
-from .expert import collect, expert
+from .collecting import collect
+from .expert import expert
 from .agent import HFPolicy
 from .prompt import PromptFormat
 from .query import Retriever, SentenceEncoder
@@ -32,7 +33,7 @@ from .trajectory import Task, Trajectory
 FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # the Mendelian types take a minute an episode
 
-# %% ../nbs/10_demo.ipynb #4d7c4457
+# %% ../nbs/10_demo.ipynb #b806c2a0
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -41,15 +42,22 @@ class Plan:
     types: tuple[str, ...] = DEMO_TYPES  # hard types evaluated, one test episode each
     easy_types: tuple[str, ...] = EASY_TYPES
     conditions: tuple[str, ...] = FIVE
-    k: int = 2  # experiences in a context
+    k: int = 1  # experiences in a context
+    view: str = "numbered"  # how an experience is written
+    counter: str = "{n}"  # what the world counts with: the number of the action that comes next, in every condition alike
+    tidy: str = "teleport"  # how an expert gets about; experience that begins with a teleport does not depend on the room one starts in
+    constrain: str | None = None  # 'templates': actions are written within the action templates, in every condition alike
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
     drop_memory: float = 0.0  # share of training contexts left without experience
     longest: int = 32  # steps of an episode that is learnt from: longer ones cost most of the time
-    steps: int = 120  # optimiser steps of each adapter
+    steps: int = 90  # optimiser steps of each adapter
     batch_size: int = 6  # episodes at once
     cap: int | None = None  # steps of an episode at most; None: the panel's
     max_new_tokens: int = 32  # of an action
     seed: int = 2025
+
+    @property
+    def format(self) -> PromptFormat: return PromptFormat(view=self.view, counter=self.counter)
 
 # %% ../nbs/10_demo.ipynb #6dec97c0
 PLANS = {"demo": Plan(),
@@ -71,22 +79,22 @@ def demo_panel(plan: Plan) -> Panel:
     caps = {t: min(plan.cap or c, c) for t, c in whole.caps.items() if t in plan.types}
     return replace(whole, name="demo-part", tasks=tuple(t for t in whole.tasks if t.type in plan.types), caps=caps)
 
-# %% ../nbs/10_demo.ipynb #7e8b3108
+# %% ../nbs/10_demo.ipynb #d96a9d4b
 def gather(plan: Plan, folder: Path, workers: int = 2, progress: bool = True) -> Store:
     "The store of the plan's expert episodes, with what was missing played."
     tasks = demo_tasks(plan)
-    store = Store(folder / f"experience-{sha256(repr([str(t) for t in tasks]).encode()).hexdigest()[:12]}.db")
-    report = collect(tasks, store.add, workers, partial(expert, tidy=True), progress, done=store.has_task)
+    store = Store(folder / f"experience-{sha256(repr([plan.tidy, *map(str, tasks)]).encode()).hexdigest()[:12]}.db")
+    report = collect(tasks, store.add, workers, partial(expert, tidy=plan.tidy), progress, done=store.has_task)
     if report.failed: (folder / "left-out.json").write_text(json.dumps({str(t): reason for t, reason in report.failed}, indent=1))
     return store
 
-# %% ../nbs/10_demo.ipynb #767050d1
+# %% ../nbs/10_demo.ipynb #e9d3faa2
 def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
         encoder,  # a `PromptEncoder`
         progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
     "Train (or find trained) the plain and the combined adapter."
     demonstrations = [t for t in map(store.get, store.find(types=plan.easy_types, folds=["train"])) if len(t) <= plan.longest]
-    memory = memory_for(condition("ExpRAG-LoRA", k=plan.k), retriever, adapted=plan.adapted)
+    memory = memory_for(condition("ExpRAG-LoRA", k=plan.k), retriever, view=plan.view, adapted=plan.adapted)
     recalled = retrieve_for_training(demonstrations, memory, plan.drop_memory, seed=plan.seed)
     plain, combined = make_samples(demonstrations, encoder), make_samples(demonstrations, encoder, recalled)
     check_aligned(plain, combined)
@@ -121,7 +129,7 @@ class Lent:
         if self._env is not None: self._pool.idle.append(self._env)
         self._env = None
 
-# %% ../nbs/10_demo.ipynb #fbbad5c0
+# %% ../nbs/10_demo.ipynb #bba2552d
 def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: Path, model: str, progress: bool = True):  # -> Results
     "Evaluate every condition of the plan on its panel; what is on disk is not played again."
     base = Manifest.read(model_path(model)) if Path(model_path(model), "manifest.json").exists() else Manifest("pretraining", model, known=False)
@@ -130,13 +138,14 @@ def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: 
         runs = []
         for name in plan.conditions:
             chosen = condition(name, k=plan.k, seed=plan.seed)
-            policy = HFPolicy.from_pretrained(model, adapters[chosen.adapter], batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens)
+            policy = HFPolicy.from_pretrained(model, adapters[chosen.adapter], format=plan.format, batch_size=plan.batch_size,
+                                              max_new_tokens=plan.max_new_tokens, constrain=plan.constrain)
             manifests = [base] if chosen.adapter == "none" else [reports[chosen.adapter].manifest]
-            runs.append(evaluate(chosen, tasks, folder / "episodes", policy, memory_for(chosen, retriever, adapted=plan.adapted), manifests,
+            runs.append(evaluate(chosen, tasks, folder / "episodes", policy, memory_for(chosen, retriever, view=plan.view, adapted=plan.adapted), manifests,
                                  env_factory=pool.lend, progress=progress))
     return Results(tuple(runs))
 
-# %% ../nbs/10_demo.ipynb #f57dc884
+# %% ../nbs/10_demo.ipynb #55e81894
 def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on with
          plan: Plan = Plan(), model: str = "nano",  # 'nano', a folder, or a name on the hub
          encoder: str | None = None,  # sentence encoder: None is the one in the package
@@ -150,7 +159,7 @@ def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on wi
     recipe_name = recipe or ("nano" if model == "nano" else "paper")
     fixed = {"max_steps": plan.steps, "seed": plan.seed} if recipe_name == "nano" else {"seed": plan.seed}
     chosen = replace(RECIPES[known(recipe_name, tuple(RECIPES), "recipe")], **fixed)
-    try: writer = HFPolicy.from_pretrained(model, batch_size=1).encoder  # before anything is played
+    try: writer = HFPolicy.from_pretrained(model, format=plan.format, batch_size=1).encoder  # before anything is played
     except OSError as error: raise OSError(f"model {model!r} cannot be loaded; give 'nano', a folder with a Transformers model, or a name on the hub: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     with gather(plan, folder, progress=progress) as store:

@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'MEMORIES', 'CONDITIONS', 'GIVES_UP', 'MOVES', 'Condition', 'condition', 'ReplayPolicy', 'RandomRetriever',
-           'hashed_fraction', 'template_patterns', 'abstract', 'edit_distances', 'OracleRetriever', 'oracle_paths',
-           'memory_for', 'memory_manifest', 'check_leaks', 'run_config', 'installed', 'evaluate', 'check_policy',
-           'spans', 'teacher_forced', 'step_by_step', 'ProcedureAccuracy', 'procedure_accuracy', 'CONDITION_ORDER',
-           'PRIMARY', 'SECONDARY', 'Episode', 'Question', 'Results', 'Run', 'Table', 'contrast_table', 'load_results',
-           'plot_results', 'plot_types', 'results_table', 'types_table']
+           'hashed_fraction', 'OracleRetriever', 'oracle_paths', 'memory_for', 'memory_manifest', 'check_leaks',
+           'run_config', 'installed', 'evaluate', 'check_policy', 'spans', 'teacher_forced', 'step_by_step',
+           'ProcedureAccuracy', 'procedure_accuracy', 'CONDITION_ORDER', 'PRIMARY', 'SECONDARY', 'Episode', 'Question',
+           'Results', 'Run', 'Table', 'contrast_table', 'load_results', 'plot_results', 'plot_types', 'results_table',
+           'types_table']
 
-# %% ../nbs/08c_evaluation.ipynb #73a05ea9
+# %% ../nbs/08c_evaluation.ipynb #7f7c955a
 import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
 from .agent import Action, rollout
+from .collecting import make_environment
 from .combined import audit, index_manifest
-from .environment import Panel, ScienceWorldEnv, action_templates, gold_path, known
+from .environment import Panel, ScienceWorldEnv, gold_path, known
+from .procedure import abstract, edit_distances
 from .query import Hit
 from .results import (CONDITION_ORDER, PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, contrast_table, load_results,
                             plot_results, plot_types, results_table, run_directory, types_table)
@@ -99,8 +101,8 @@ class ReplayPolicy:
             self._plans[key] = adapt(experience, trajectory.goal).actions if self.substitute else experience.actions
         return self._plans[key]
 
-# %% ../nbs/08c_evaluation.ipynb #34df1374
-GIVES_UP = "context"  # the stop by which a policy tells `rollout` that it writes nothing more
+# %% ../nbs/08c_evaluation.ipynb #fae68399
+GIVES_UP = "done"  # the stop by which a policy tells `rollout` that it writes nothing more
 
 # %% ../nbs/08c_evaluation.ipynb #4a059bd4
 class RandomRetriever:
@@ -128,38 +130,6 @@ class RandomRetriever:
 def hashed_fraction(*parts) -> float:  # in [0, 1)
     "A number that looks random and is the same everywhere."
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:6], "big") / 2 ** 48
-
-# %% ../nbs/08c_evaluation.ipynb #05d33857
-@cache
-def template_patterns(world: str) -> tuple:
-    "The world's action templates as patterns, the most literal first."
-    templates = sorted(action_templates(world), key=lambda t: (-len(t.replace("OBJ", "")), t))
-    written = lambda t: re.escape(t).replace("OBJ", ".+").replace(r"\ in\ ", r"\ in(?:to)?\ ")  # both are understood
-    return tuple((t, re.compile(written(t))) for t in templates)
-
-# %% ../nbs/08c_evaluation.ipynb #19a4f5a1
-def abstract(action: str,  # such as 'move cup to sink'
-             world: str  # such as 'scienceworld'
-            ) -> str:  # such as 'move OBJ to OBJ'; an action that fits no template stays as it is
-    "An action with its nouns taken out."
-    return next((t for t, pattern in template_patterns(world) if pattern.fullmatch(action)), action)
-
-# %% ../nbs/08c_evaluation.ipynb #2c58bb24
-def edit_distances(path: Sequence[str],  # one sequence
-                   others: Sequence[Sequence[str]]  # many
-                  ) -> np.ndarray:  # [others], from 0 (equal) to 1 (nothing in common)
-    "The edit distance from one sequence to each of many, divided by the length of the longer."
-    number = {x: i for i, x in enumerate(dict.fromkeys([*path, *(x for o in others for x in o)]))}
-    lengths = np.array([len(o) for o in others], int)
-    coded = np.full((len(others), max(lengths, default=0)), -1)
-    for row, other in zip(coded, others): row[:len(other)] = [number[x] for x in other]
-    at = np.arange(coded.shape[1] + 1)
-    table = np.broadcast_to(at, (len(others), len(at))).copy()  # [others, j]: cost of making the first j from nothing
-    for i, x in enumerate(path, 1):
-        cost = np.minimum(table[:, 1:] + 1, table[:, :-1] + (coded != number[x]))
-        table = np.concatenate([np.full((len(others), 1), i), cost], axis=1)
-        table = np.minimum.accumulate(table - at, axis=1) + at
-    return table[np.arange(len(others)), lengths] / np.maximum(1, np.maximum(len(path), lengths))
 
 # %% ../nbs/08c_evaluation.ipynb #9bede64b
 class OracleRetriever:
@@ -234,13 +204,13 @@ def check_leaks(condition: Condition, panel: Panel, policy,
     unknown = audit(manifests, panel)
     return (*unknown, policy.name) if condition.policy == "model" and not kinds else unknown
 
-# %% ../nbs/08c_evaluation.ipynb #9e47bad6
+# %% ../nbs/08c_evaluation.ipynb #40f85fb8
 def run_config(condition: Condition, panel: Panel, policy, memory,
                batch_size: int  # episodes at once
               ) -> dict:  # JSON-ready
     "All that decides the episodes of a run; its hash names the run's directory."
     neural = hasattr(policy, "model")
-    packages = ("scienceworld", "torch", "transformers") if neural else ("scienceworld",)
+    packages = (panel.tasks[0].world, *(("torch", "transformers") if neural else ()))  # a world's package has its name
     threads = sys.modules["torch"].get_num_threads() if neural and "torch" in sys.modules else None
     return {"name": condition.name, "seed": condition.seed, "condition": asdict(condition), "policy": thaw(policy.describe()), "memory": thaw(memory.describe()),
             "panel": {"name": panel.name, "fingerprint": panel.fingerprint, "tasks": [str(t) for t in panel], "caps": thaw(panel.caps), "settings": thaw(panel.settings)},
@@ -252,7 +222,7 @@ def installed(package: str) -> str:
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 
-# %% ../nbs/08c_evaluation.ipynb #bf7aba97
+# %% ../nbs/08c_evaluation.ipynb #aba136b2
 def evaluate(condition: Condition, panel: Panel,
              out_dir,  # where runs live, one directory each
              policy,  # what acts; see `exprag.agent.rollout`
@@ -269,7 +239,7 @@ def evaluate(condition: Condition, panel: Panel,
     unknown = check_leaks(condition, panel, policy, memory, manifests)
     size = batch_size or policy.batch_size
     folder = run_directory(out_dir, {**run_config(condition, panel, policy, memory, size), "unknown": sorted(unknown)})
-    env_factory = env_factory or (lambda: ScienceWorldEnv(panel.settings["simplification"]))
+    env_factory = env_factory or partial(make_environment, panel.tasks[0].world, **thaw(panel.settings))
     with EpisodeFile(folder / "episodes.jsonl") as file:
         todo = [task for task in panel if task not in file.done]
         with tqdm(total=len(panel), initial=len(file.done), desc=condition.name, unit="episode", disable=not progress) as bar:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NOT_PLAYED', 'JOINER', 'PAD', 'END', 'ROLES', 'CHAT_TEMPLATE', 'TEMPLATE_WEIGHT', 'random_play', 'train_tokenizer',
            'play_texts', 'Document', 'Words', 'periodic', 'repeats', 'far_away', 'far_repeats', 'InventedWorld',
-           'procedures', 'carry_out', 'plays', 'Phase', 'curriculum', 'reach']
+           'procedures', 'carry_out', 'plays', 'misleading', 'Replay', 'replays', 'done_again', 'Phase', 'curriculum',
+           'reach', 'places', 'pointing']
 
-# %% ../nbs/09a_lookup.ipynb #d280f772
+# %% ../nbs/09a_lookup.ipynb #2276be98
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 # %% ../nbs/09a_lookup.ipynb #9773fa65
 from .environment import ACTION_TEMPLATES, ScienceWorldEnv, side
@@ -97,7 +98,7 @@ class Document:
         "The first `length` tokens."
         return Document(self.ids[:length], self.mask[:length])
 
-# %% ../nbs/09a_lookup.ipynb #e21ce072
+# %% ../nbs/09a_lookup.ipynb #e257b08f
 class Words:
     "What the generators need of a tokenizer: control tokens, whole words, and observations to mix in."
     def __init__(self, tokenizer, play: Sequence[Trajectory]):
@@ -105,11 +106,15 @@ class Words:
         self.end, self.newline = tokenizer.convert_tokens_to_ids(END), self.encode("\n")[0]
         self.role = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLES.items()}
         self.pool = sorted(i for token, i in tokenizer.get_vocab().items() if token[0] == " " and len(token) > 2 and token[1:].isalpha())
+        self.known = set(self.pool)
         self.all = range(len(ROLES) + 2, len(tokenizer))
         self.openers = [self.encode("\n" + mark) for mark in ("-", "*", "do", "A:", ">", "#", "+", "$")] + [[self.newline]]
         self.divider = [self.encode(mark) for mark in (":", "->", ";", "=>", "|", "=", "/", "\nB:", "\n")]
+        self.counters = [self.encode(mark) for mark in (":", ")", ".", ">")]
+        self.number = cache(lambda n: self.encode(f"\n{n}"))
         self.play = [[self.encode(f"{t.goal}\n\n{t.first_observation}"),
                       *((self.encode(s.action), self.encode(s.observation)) for s in t.steps)] for t in play]
+        self.goals = [self.encode(t.goal) for t in play]
         self.views = [ids for first, *turns in self.play for ids in (first, *(o for _, o in turns)) if len(ids) > 40]
 
     def turn(self, document: Document, role: str, ids: Sequence[int], supervised: int = 0):
@@ -213,7 +218,7 @@ class InventedWorld:
         start = self.chance.randrange(max(1, len(seen) - 60))
         return action, seen[start:start + (self.chance.randint(16, 90) if long else self.chance.randint(8, 24))]
 
-# %% ../nbs/09a_lookup.ipynb #4d39a31a
+# %% ../nbs/09a_lookup.ipynb #d16717ba
 def procedures(chance: random.Random, words: Words, length: int,
                renamed: float = 0.35,  # probability that a noun of the goal is another than in the list
                steps: tuple[int, int] = (4, 16), listed: tuple[int, int] = (1, 3),  # steps of a procedure; procedures listed
@@ -221,12 +226,14 @@ def procedures(chance: random.Random, words: Words, length: int,
                carried_out: int = 2,  # how many times somebody carries one out
                once: bool = False,  # each procedure once at most, so that only the list can be copied from
                long: bool | None = None,  # long observations; None: a coin decides
-               far: int = 0  # tokens of views, at most, between the list and what is done
+               far: int = 0,  # tokens of views, at most, between the list and what is done
+              numbered: float = 0.0  # probability that lines and turns carry numbers
               ) -> Document:
     "A chat: procedures are listed, and then carried out with other nouns; what the list determines is supervised."
     world, document = InventedWorld(chance, words), Document()
     long = chance.random() < 0.5 if long is None else long
     opener, divider, cue = chance.choice(words.openers), chance.choice(words.divider), chance.randint(0, 8)
+    count = chance.choice(words.counters) if numbered and chance.random() < numbered else None
     shelf, text = [], world.some(0, 6)
     for _ in range(chance.randint(*listed)):
         slots = chance.randint(1, 2)
@@ -235,32 +242,33 @@ def procedures(chance: random.Random, words: Words, length: int,
         nouns = [world.name() for _ in range(slots)]
         shelf.append((plan, goal, nouns))
         text += [words.newline] + goal(nouns)
-        for step in plan:
+        for n, step in enumerate(plan, 1):
             action, seen = world.do(step, nouns, long)
-            text += opener + action + (divider + seen[:cue] if cue else [])
+            text += (words.number(n) + count if count else opener) + action + (divider + seen[:cue] if cue else [])
         text += [words.newline]
     words.turn(document, "system", text)
     for plan, goal, nouns in chance.sample(shelf, min(carried_out, len(shelf))) if once else (chance.choice(shelf) for _ in range(carried_out)):
         nouns = [world.name() if chance.random() < renamed else noun for noun in nouns]
         first = goal(nouns) + ([words.newline] + chance.choice(words.views)[:chance.randint(5, 100 if long else 20)] if chance.random() < 0.5 else [])
         if far: first, far = first + far_away(chance, words, far), 0
-        words.turn(document, "user", first)
-        carry_out(chance, world, document, plan, nouns, interrupted, long)
+        words.turn(document, "user", first + (words.number(1) if count else []))
+        carry_out(chance, world, document, plan, nouns, interrupted, long, bool(count))
         if len(document.ids) > length: break
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #8a614995
+# %% ../nbs/09a_lookup.ipynb #aa59359f
 def carry_out(chance: random.Random, world: InventedWorld, document: Document, plan: list, nouns: list,
-              interrupted: float, long: bool):
+              interrupted: float, long: bool, numbered: bool = False):
     "Append the turns of somebody who follows a plan, with interruptions that are not supervised."
-    following = list(plan)
+    following, done = list(plan), 0
     while following:
         if chance.random() < interrupted: step, known = world.step(), 0
         elif len(following) > 1 and chance.random() < interrupted / 3: step, known, following = following[1], 0, following[2:]
         else: step, known, following = following[0], 1, following[1:]
         action, seen = world.do(step, nouns, long)
         world.words.turn(document, "assistant", action, known)
-        if following: world.words.turn(document, "user", seen)
+        done += 1
+        if following: world.words.turn(document, "user", seen + (world.words.number(done + 1) if numbered else []))
 
 # %% ../nbs/09a_lookup.ipynb #6b7aa46a
 def plays(chance: random.Random, words: Words, length: int) -> Document:
@@ -272,7 +280,81 @@ def plays(chance: random.Random, words: Words, length: int) -> Document:
         words.turn(document, "user", observation, 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #4b60a0d9
+# %% ../nbs/09a_lookup.ipynb #1a672c04
+def misleading(chance: random.Random, words: Words, actions: Sequence[list[int]], count: int) -> list[int]:
+    "Fragments that begin like an action and go on otherwise, as goals do: `focus on the thermometer`."
+    text = []
+    for _ in range(count):
+        action = chance.choice(actions)
+        text += [words.newline] if chance.random() < 0.5 else []
+        text += action[:chance.randint(1, max(1, len(action) - 1))] + [chance.choice(words.pool if chance.random() < 0.5 else chance.choice(actions))]
+    return text
+
+# %% ../nbs/09a_lookup.ipynb #4f8ae90b
+class Replay:
+    "A stretch of random play in words of its own, as it is listed and as it is done again."
+    def __init__(self, chance: random.Random, words: Words,
+                 exchanged: dict[int, int],  # token -> token, throughout
+                 steps: tuple[int, int],  # shortest and longest stretch
+                 renamed: float,  # probability that a noun is another in the list
+                 teased: int):  # misleading fragments in the goal, at most
+        which = chance.randrange(len(words.play))
+        turns, wanted = words.play[which][1:], chance.randint(*steps)
+        start = chance.randrange(max(1, len(turns) - wanted + 1))
+        change = lambda ids, by=exchanged: [by.get(i, i) for i in ids]
+        self.goal, self.start = change(words.goals[which]), change(words.play[which][0][len(words.goals[which]):])
+        self.turns = [(change(action), change(seen)) for action, seen in turns[start:start + wanted]]
+        nouns = sorted({i for action, _ in self.turns for i in action[1:] if i in words.known})
+        named = chance.sample(nouns, min(len(nouns), chance.randint(0, 2)))
+        self.goal = self.goal + named
+        if teased: self.goal += misleading(chance, words, [action for action, _ in self.turns], chance.randint(0, teased))
+        other = {noun: chance.choice(words.pool) for noun in named if chance.random() < renamed}
+        self.listed = change(self.goal, other), [(change(action, other), change(seen, other)) for action, seen in self.turns]
+
+# %% ../nbs/09a_lookup.ipynb #826848eb
+def replays(chance: random.Random, words: Words, length: int,
+            permuted: float = 0.75,  # probability that words are exchanged for others throughout
+            renamed: float = 0.3,  # probability that a noun of the goal is another in the list
+            steps: tuple[int, int] = (4, 30), listed: tuple[int, int] = (1, 3),  # steps of a stretch; stretches listed
+            numbered: float = 0.7,  # probability that lines and turns carry numbers
+            interrupted: float = 0.04,  # probability of an action that the list does not have
+            shown: tuple[int, int] = (4, 160),  # of an observation, tokens at most: drawn anew in each document
+            teased: int = 0  # fragments, at most, that begin like an action and go on otherwise: in a goal, and before the lists
+           ) -> Document:
+    "Random play is listed and then done again in a chat; what the list determines is supervised."
+    document, number = Document(), chance.random() < numbered
+    pool = chance.sample(words.pool, len(words.pool))
+    exchanged = dict(zip(words.pool, pool)) if chance.random() < permuted else {}
+    opener, divider, cue = chance.choice(words.counters if number else words.openers), chance.choice(words.divider), chance.randint(0, 12)
+    shelf = [Replay(chance, words, exchanged, steps, renamed, teased) for _ in range(chance.randint(*listed))]
+    text = [chance.choice(words.pool) for _ in range(chance.randint(0, 12))]
+    if teased: text += misleading(chance, words, [action for action, _ in shelf[0].turns], chance.randint(0, 3 * teased))
+    for replay in shelf:
+        goal, turns = replay.listed
+        text += [words.newline] + goal
+        for n, (action, seen) in enumerate(turns, 1):
+            text += (words.number(n) + opener if number else opener) + action + (divider + seen[:cue] if cue else [])
+        text += [words.newline]
+    words.turn(document, "system", text)
+    most = chance.randint(*shown)
+    for replay in chance.sample(shelf, chance.randint(1, len(shelf))): done_again(chance, words, document, replay, number, interrupted, most)
+    return document.cut(length)
+
+# %% ../nbs/09a_lookup.ipynb #d4637405
+def done_again(chance: random.Random, words: Words, document: Document, replay: Replay,
+               number: bool,  # whether the world counts
+               interrupted: float, shown: int):
+    "Append the turns of somebody who does what was listed, with interruptions that are not supervised."
+    said, n = replay.goal + replay.start[:shown], 0
+    for action, seen in replay.turns:
+        asides = [chance.choice(replay.turns)] if chance.random() < interrupted else []
+        for turn, (does, sees) in enumerate([*asides, (action, seen)]):
+            n += 1
+            words.turn(document, "user", said + (words.number(n) if number else []))
+            words.turn(document, "assistant", does, int(turn == len(asides)))
+            said = sees[:shown]
+
+# %% ../nbs/09a_lookup.ipynb #6f05287b
 @dataclass(frozen=True)
 class Phase:
     "A stretch of the curriculum: documents are drawn from `mix` until so many tokens were read."
@@ -280,6 +362,7 @@ class Phase:
     length: int  # tokens of a document at most
     mix: tuple[tuple[str, float, Callable], ...]  # (name, share, generator)
     batch: int | None = None  # documents a step; None: the recipe's
+    parts: int = 1  # forward passes a step, short documents apart from long ones: less padding
 
     def draw(self, chance: random.Random, words: Words) -> tuple[str, Document]:
         "A document and the name of its kind."
@@ -305,3 +388,20 @@ def reach(until: int  # tokens read at its end
     "Repeats and procedures with up to 1,500 tokens between a thing and its use."
     afar = partial(procedures, steps=(3, 8), listed=(3, 5), carried_out=5, once=True, long=False, far=1200)
     return Phase(until, 2048, (("far repeats", 0.40, far_repeats), ("far", 0.25, partial(afar, renamed=0.0)), ("far renamed", 0.25, afar), ("play", 0.10, plays)), 6)
+
+# %% ../nbs/09a_lookup.ipynb #ba981a70
+def places(begin: int, until: int  # tokens read at its beginning and at its end
+          ) -> tuple[Phase, ...]:
+    "Short replays, then long ones, with invented procedures and far repeats beside them."
+    early = partial(procedures, numbered=0.7, interrupted=0.04, steps=(3, 12), long=False)
+    short, long = partial(replays, steps=(3, 12), shown=(4, 24), listed=(1, 2)), partial(replays, numbered=0.95, listed=(1, 2), interrupted=0.02, shown=(4, 80))
+    late = partial(procedures, numbered=1.0, renamed=0.2, listed=(1, 2), interrupted=0.02, long=False)
+    return (Phase((begin + until) // 2, 1024, (("short replays", 0.60, short), ("numbered", 0.25, early), ("far repeats", 0.15, far_repeats)), 12, 4),
+            Phase(until, 2048, (("replays", 0.75, long), ("numbered", 0.15, late), ("far repeats", 0.05, far_repeats), ("play", 0.05, plays)), 8, 4))
+
+# %% ../nbs/09a_lookup.ipynb #bf83c440
+def pointing(until: int  # tokens read at its end
+            ) -> Phase:
+    "Replays among text that begins as their lines do and goes on otherwise."
+    teasing = partial(replays, numbered=0.95, listed=(1, 2), interrupted=0.02, renamed=0.2, teased=6, permuted=0.6)
+    return Phase(until, 2048, (("teasing", 0.85, teasing), ("far repeats", 0.07, far_repeats), ("play", 0.08, plays)), 8, 4)

@@ -12,10 +12,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-# %% ../nbs/05a_prompt.ipynb #d2845661
+# %% ../nbs/05a_prompt.ipynb #b9068602
 from .environment import action_templates
-from .store import view
 from .trajectory import Trajectory, canonical_json
+from .views import view
 
 # %% ../nbs/05a_prompt.ipynb #a1e65b5c
 class PromptError(ValueError):
@@ -32,17 +32,18 @@ def digest(value) -> str:
     "12 hex digits of the SHA-256 of a JSON value."
     return hashlib.sha256(canonical_json(value)).hexdigest()[:12]
 
-# %% ../nbs/05a_prompt.ipynb #b912324f
+# %% ../nbs/05a_prompt.ipynb #66208d13
 @dataclass(frozen=True)
 class PromptFormat:
     "What the model is told before the goal: instruction, action templates, and experience under its headers."
     instruction: str | None = None  # None: the world's own, from `INSTRUCTIONS`
     templates: tuple[str, ...] | None = None  # action templates to list; None: the world's global list; (): none
-    view: str = "actions"  # how an experience is written, a name in `exprag.store.VIEWS`
+    view: str = "actions"  # how an experience is written, a name in `exprag.store.VIEWS` (see `exprag.views`)
     templates_header: str = "Actions:"
     success_header: str = "Experience that succeeded:"
     failure_header: str = "Experience that failed:"
     unknown_header: str = "Experience, outcome unknown:"
+    counter: str = ""  # closes what the world says before action n, such as "Step {n}"; "": no counter
 
     def action_templates(self, world: str) -> tuple[str, ...]:
         "The action templates to list for a world."
@@ -68,11 +69,15 @@ class PromptFormat:
         "The conversation: system, goal and first observation, then action and observation in turn."
         first = [trajectory.goal.strip(), trajectory.first_observation.strip()]
         messages = [{"role": "system", "content": self.system(trajectory.task.world, experiences)},
-                    {"role": "user", "content": "\n\n".join(part for part in first if part)}]
-        for step in trajectory.steps:
+                    {"role": "user", "content": self.counted("\n\n".join(part for part in first if part), 1)}]
+        for n, step in enumerate(trajectory.steps, 2):
             messages += [{"role": "assistant", "content": step.action.strip()},
-                         {"role": "user", "content": step.observation.strip()}]
+                         {"role": "user", "content": self.counted(step.observation.strip(), n)}]
         return messages
+
+    def counted(self, text: str, n: int) -> str:
+        "What the world says before action n, with the counter."
+        return f"{text}\n{self.counter.format(n=n)}".strip() if self.counter else text
 
     def describe(self) -> dict:
         "Every field, ready for JSON."

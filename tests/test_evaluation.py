@@ -177,7 +177,7 @@ def test_replay_puts_in_the_nouns_and_then_gives_up():
     while (action := policy.act([new], [(old,)])[0]).text:
         actions.append(action.text)
         new = new.with_step(Step(action.text, "z"))
-    assert actions == ["go to bathroom", "focus on red lemon"] and action.stop == "context"
+    assert actions == ["go to bathroom", "focus on red lemon"] and action.stop == "done"
     assert ReplayPolicy(substitute=False).act([replace(new, steps=())], [(old,)])[0].text == "go to kitchen"
     assert [a.text for a in policy.act([new, new], [(), (old,)])] == ["", ""]
 

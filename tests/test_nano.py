@@ -57,7 +57,7 @@ def test_heads_look_back_before_any_training(words):
 
 
 def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
-    recipe, shape = Pretraining(tokens=8_000, reach=4_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=(1, 2))
+    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=(1, 2))
     hashes = []
     for name, stops in (("whole", (None,)), ("resumed", (2, 4, None))):
         (tmp_path / name).mkdir()
