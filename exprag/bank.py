@@ -160,7 +160,7 @@ def plan(store: Store,
     out = leaving([row for row in left if row.id not in safe], count, policy)
     return Plan(mark, len(rows), tuple((goes.id, stays.id) for goes, stays in pairs), tuple((row.id, why) for row, why in out))
 
-# %% ../nbs/04c_bank.ipynb #e5624788
+# %% ../nbs/04c_bank.ipynb #c72bd2e0
 def carry_out(store: Store, plan: Plan,
               scrub: bool = False  # also see to it that the bytes are gone, which writes the file anew
              ) -> int:  # how many episodes went
@@ -174,7 +174,7 @@ def carry_out(store: Store, plan: Plan,
         connection.execute("INSERT OR IGNORE INTO namespaces SELECT name, heir.value FROM namespaces JOIN json_each(?) AS heir ON heir.key = namespaces.id", [json.dumps(heirs)])
         connection.executemany("DELETE FROM trajectories WHERE id = ?", [(id,) for id in plan.ids])
         if scrub: connection.execute("INSERT OR IGNORE INTO unfinished VALUES ('scrub')")
-    finish(store)
+    if scrub: finish(store)
     return len(plan.ids)
 
 # %% ../nbs/04c_bank.ipynb #d5ad9895
