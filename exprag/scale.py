@@ -250,10 +250,10 @@ def read_large(path: Path,
     index._arrange(keys, rows)
     return index, ""
 
-# %% ../nbs/03d_scale.ipynb #7f112b2e
+# %% ../nbs/03d_scale.ipynb #f23beb8e
 class LargeRetriever(Retriever):
     "A retriever over an approximate index, which follows the store by adding and removing keys."
-    EXACT_BELOW = 20_000  # keys: fewer are searched exactly, which takes less than two milliseconds
+    EXACT_BELOW = 20_000  # keys: fewer are searched exactly, which takes some milliseconds
 
     def index(self, ids: Iterable[str] | None = None  # None: every episode of the store, also those that come later
              ) -> "LargeRetriever":  # itself

@@ -176,11 +176,17 @@ def sentence_transformers(keys, queries, kth) -> dict:
     return {"semantic_search": {**spread, "recall": recall(answers, keys, queries, kth)}}
 
 
-def hnsw(keys, queries, kth) -> dict:
-    "FAISS's graph index, for the choice between the two."
+def hnsw(keys, queries, kth, distinct=False) -> dict:
+    "FAISS's graph index, for the choice between the two; over distinct vectors, answers are counted with all their copies."
     import faiss
 
+    from exprag.scale import marks_of
+
     faiss.omp_set_num_threads(1)
+    copies, everyone = np.ones(len(keys), int), len(keys)
+    if distinct:
+        _, first, copies = np.unique(marks_of(keys), return_index=True, return_counts=True)
+        keys = keys[first]
     gc.collect(); before = megabytes()
     index = faiss.IndexHNSWFlat(keys.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 100
@@ -189,7 +195,8 @@ def hnsw(keys, queries, kth) -> dict:
     for effort in (16, 32, 64, 128, 256, 512):
         index.hnsw.efSearch = effort
         answers, spread = timed(lambda q: index.search(q[None], 10)[1][0], queries)
-        out[f"HNSW, efSearch {effort}"] = {**spread, "recall": recall(answers, keys, queries, kth), "build": build, "bytes_a_key": round(memory * 2**20 / len(keys))}
+        answers = [np.repeat(a, np.minimum(copies[a], 10))[:10] for a in answers]
+        out[f"HNSW{', distinct' * distinct}, efSearch {effort}"] = {**spread, "recall": recall(answers, keys, queries, kth), "build": build, "bytes_a_key": round(memory * 2**20 / everyone)}
     return out
 
 
@@ -283,6 +290,7 @@ def main() -> None:
                 "sentence_transformers": lambda: sentence_transformers(keys, queries[:100], kth[:100])}
         if given.hnsw:
             runs["hnsw"] = lambda: hnsw(keys, queries[:500], kth[:500])
+            runs["hnsw, distinct"] = lambda: hnsw(keys, queries[:500], kth[:500], distinct=True)
         if given.lance:
             runs["lancedb"] = lambda: lance(keys, queries, kth, folder)
         for label, work in runs.items():
