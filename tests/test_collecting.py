@@ -172,7 +172,7 @@ def test_a_collector_that_is_killed_leaves_no_worker_not_even_a_busy_one(how):
     assert collector.stdout.readline().strip() == "0"
     assert len(marked(os.environ[MARK])) == 3  # it, and two workers that sleep for half a minute
     collector.send_signal(how)
-    collector.wait(timeout=10)
+    collector.wait(timeout=60)
     collector.stdout.close()
     assert gone(os.environ[MARK], 5)
 
