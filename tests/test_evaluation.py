@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders import WordEncoder
 from exprag.environment import HARD_TYPES, Panel, ScienceWorldEnv, panel, step_cap
 from exprag.evaluation import (CONDITION_ORDER, CONDITIONS, MOVES, Condition, OracleRetriever, RandomRetriever, ReplayPolicy, abstract, check_leaks, condition,
                                edit_distances, evaluate, load_results, memory_for, oracle_paths, procedure_accuracy, results_table, run_config, spans,
@@ -30,18 +31,6 @@ SAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "data" / "sample.jsonl"
 def sample() -> tuple[Trajectory, ...]:
     "The book's expert episodes."
     return tuple(read_jsonl(SAMPLE)[0])
-
-
-class WordEncoder:
-    "A real, if simple, encoder: counts of hashed words; keeps the tests of this chapter from loading torch."
-    name, dim, max_tokens = "words-64", 64, 10 ** 6
-
-    def encode(self, texts, role="document"):
-        import zlib
-        rows = np.zeros((len(texts), self.dim), "float32")
-        for row, text in zip(rows, texts):
-            for word in text.lower().split(): row[zlib.crc32(word.encode()) % self.dim] += 1
-        return rows / np.maximum(1e-9, np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 @pytest.fixture

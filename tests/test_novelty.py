@@ -1,12 +1,12 @@
 "Novelty: goal distances, the yardstick, tables, strata."
 import json
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from encoders import WordEncoder
 from exprag.environment import EASY_TYPES, TOPICS, panel, side
 from exprag.novelty import (STRATA, Novelty, NoveltyTable, Yardstick, edges_between, goal_distances, novelties, read_novelty, stratify, write_novelty)
 from exprag.procedure import Scale
@@ -14,17 +14,6 @@ from exprag.trajectory import Step, Task, Trajectory, read_jsonl
 
 DATA = Path(__file__).resolve().parents[1] / "nbs" / "data"
 TOPIC_OF = {kind: topic for topic, kinds in TOPICS.items() for kind in kinds}
-
-
-class WordEncoder:
-    "A real, if simple, encoder: counts of hashed words; keeps these tests from loading torch."
-    name, dim, max_tokens = "words-64", 64, 10 ** 6
-
-    def encode(self, texts, role="document"):
-        rows = np.zeros((len(texts), self.dim), "float32")
-        for row, text in zip(rows, texts):
-            for word in text.lower().split(): row[zlib.crc32(word.encode()) % self.dim] += 1
-        return rows / np.maximum(1e-9, np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 @pytest.fixture(scope="module")

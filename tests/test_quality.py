@@ -1,6 +1,5 @@
 "Retrieval quality: nDCG with ties, judging, rankers, tables."
 import json
-import zlib
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders import WordEncoder
 from exprag.environment import Panel, panel
 from exprag.quality import (QUALITY_MEASURES, Quality, by_chance, by_retriever, by_type, expected_by_rank, judge, mean_interval, ndcg, quality_by_novelty,
                             quality_outcomes, quality_table, read_quality, results_by_novelty, retrieval_quality, write_quality)
@@ -20,17 +20,6 @@ from exprag.trajectory import Step, Task, Trajectory, read_jsonl
 
 DATA = Path(__file__).resolve().parents[1] / "nbs" / "data"
 GAINS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=5)
-
-
-class WordEncoder:
-    "A real, if simple, encoder: counts of hashed words; keeps these tests from loading torch."
-    name, dim, max_tokens = "words-64", 64, 10 ** 6
-
-    def encode(self, texts, role="document"):
-        rows = np.zeros((len(texts), self.dim), "float32")
-        for row, text in zip(rows, texts):
-            for word in text.lower().split(): row[zlib.crc32(word.encode()) % self.dim] += 1
-        return rows / np.maximum(1e-9, np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 @pytest.fixture(scope="module")

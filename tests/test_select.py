@@ -2,11 +2,11 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from encoders import Letters
 from exprag.query import Hit, Retriever
 from exprag.select import (COMPOSITIONS, Candidate, Memory, NoMemory, Selection, adapt, adapt_to_goal, composition, exclude_same_task, noun_mapping,
                            order, run_stages, same_task, substitute, successes_only, token_budget, top_k)
@@ -17,16 +17,6 @@ from exprag.trajectory import Step, Task, Trajectory
 def episode(i, type="boil", fold="train", goal=None, success=True, steps=3, world="scienceworld", tag=""):
     return Trajectory(Task(world, type, str(i), fold), goal or f"{type} number {i}", "A hall.",
                       tuple(Step(f"act {tag}{j}", "done") for j in range(steps)), 100.0 if success else -100.0, success)
-
-
-class Letters:
-    """A tiny deterministic encoder: counts of letters."""
-
-    name, dim, max_tokens = "letters@1", 26, 10**6
-
-    def encode(self, texts, role="document"):
-        rows = np.array([[t.lower().count(chr(97 + c)) for c in range(26)] for t in texts], np.float32).reshape(len(texts), 26) + 0.01
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders import Letters
 from exprag.query import Hit, Retriever
 from exprag.select import Candidate, Memory, Selection, exclude_same_task, order, run_stages, successes_only, top_k
 from exprag.selection import (Calibration, Judgement, Outcomes, Utility, as_chosen, by_utility, calibrate, cap_per_type, fit, judge, look, mmr,
@@ -19,16 +20,6 @@ from exprag.trajectory import Step, Task, Trajectory
 def episode(i, type="boil", fold="train", goal=None, success=True, steps=3, tag=""):
     return Trajectory(Task("scienceworld", type, str(i), fold), goal or f"{type} number {i}", "A hall.",
                       tuple(Step(f"open door {tag}{j}", "The door is now open. " * 4) for j in range(steps)), 100.0 if success else -100.0, success)
-
-
-class Letters:
-    """A tiny deterministic encoder: counts of letters."""
-
-    name, dim, max_tokens = "letters@1", 26, 10**6
-
-    def encode(self, texts, role="document"):
-        rows = np.array([[t.lower().count(chr(97 + c)) for c in range(26)] for t in texts], np.float32).reshape(len(texts), 26) + 0.01
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture
