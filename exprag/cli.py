@@ -17,12 +17,13 @@ from pathlib import Path
 # %% ../nbs/11_command_line.ipynb #34e0a0a3
 from . import __version__
 
-# %% ../nbs/11_command_line.ipynb #893caacd
+# %% ../nbs/11_command_line.ipynb #eff9e007
 def run_demo(given: argparse.Namespace) -> None:
     "Run the demo and print its table."
-    from exprag.demo import PLANS, demo
+    from exprag.demo import CONTROLS, FIVE, PLANS, demo
     name = "quick" if given.quick else "demo"
-    plan = replace(PLANS[name], constrain="templates" if given.constrain else None, **({} if given.seed is None else {"seed": given.seed}))
+    chosen = {"constrain": "templates" if given.constrain else None, "panel": given.panel, "conditions": (*FIVE, *CONTROLS) if given.controls else FIVE}
+    plan = replace(PLANS[name], **chosen, **({} if given.seed is None else {"seed": given.seed}))
     out = given.out or Path("runs", "demo-quick" if given.quick else "demo")
     demo(out, plan, given.model, given.encoder, given.recipe, given.threads)
     print((out / "table.txt").read_text(encoding="utf-8"))
@@ -112,7 +113,7 @@ def run_doctor(given: argparse.Namespace) -> int:  # exit status
     print(diagnosis)
     return int(not diagnosis.ok)
 
-# %% ../nbs/11_command_line.ipynb #c4f23d2e
+# %% ../nbs/11_command_line.ipynb #8f29a9b0
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
     parser = argparse.ArgumentParser(prog="exprag", description="Agents that learn from experience.")
@@ -126,6 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--encoder", metavar="NAME_OR_PATH", help="sentence encoder (default: the MiniLM that comes with the package)")
     demo.add_argument("--recipe", help="training recipe: nano, paper, ... (default: nano for nano, paper for other models)")
     demo.add_argument("--seed", type=int, help="of training and sampling (default: 2025)")
+    demo.add_argument("--panel", choices=("demo", "test-hard"), default="demo", help="one test episode of each hard type, or up to five (default: %(default)s)")
+    demo.add_argument("--controls", action="store_true", help="three conditions more: replay, random experience, oracle experience")
     demo.add_argument("--constrain", action="store_true", help="write actions within the world's action templates, in every condition")
     demo.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
     demo.set_defaults(run=run_demo)

@@ -389,19 +389,19 @@ def reach(until: int  # tokens read at its end
     afar = partial(procedures, steps=(3, 8), listed=(3, 5), carried_out=5, once=True, long=False, far=1200)
     return Phase(until, 2048, (("far repeats", 0.40, far_repeats), ("far", 0.25, partial(afar, renamed=0.0)), ("far renamed", 0.25, afar), ("play", 0.10, plays)), 6)
 
-# %% ../nbs/09a_lookup.ipynb #ba981a70
+# %% ../nbs/09a_lookup.ipynb #bd79fe10
 def places(begin: int, until: int  # tokens read at its beginning and at its end
           ) -> tuple[Phase, ...]:
     "Short replays, then long ones, with invented procedures and far repeats beside them."
     early = partial(procedures, numbered=0.7, interrupted=0.04, steps=(3, 12), long=False)
     short, long = partial(replays, steps=(3, 12), shown=(4, 24), listed=(1, 2)), partial(replays, numbered=0.95, listed=(1, 2), interrupted=0.02, shown=(4, 80))
     late = partial(procedures, numbered=1.0, renamed=0.2, listed=(1, 2), interrupted=0.02, long=False)
-    return (Phase((begin + until) // 2, 1024, (("short replays", 0.60, short), ("numbered", 0.25, early), ("far repeats", 0.15, far_repeats)), 12, 4),
-            Phase(until, 2048, (("replays", 0.75, long), ("numbered", 0.15, late), ("far repeats", 0.05, far_repeats), ("play", 0.05, plays)), 8, 4))
+    return (Phase((begin + until) // 2, 1024, (("short replays", 0.60, short), ("numbered", 0.22, early), ("far repeats", 0.12, far_repeats), ("repeats", 0.06, repeats)), 12, 4),
+            Phase(until, 2048, (("replays", 0.72, long), ("numbered", 0.12, late), ("far repeats", 0.05, far_repeats), ("repeats", 0.06, repeats), ("play", 0.05, plays)), 8, 4))
 
-# %% ../nbs/09a_lookup.ipynb #bf83c440
+# %% ../nbs/09a_lookup.ipynb #cc1d6442
 def pointing(until: int  # tokens read at its end
             ) -> Phase:
     "Replays among text that begins as their lines do and goes on otherwise."
     teasing = partial(replays, numbered=0.95, listed=(1, 2), interrupted=0.02, renamed=0.2, teased=6, permuted=0.6)
-    return Phase(until, 2048, (("teasing", 0.85, teasing), ("far repeats", 0.07, far_repeats), ("play", 0.08, plays)), 8, 4)
+    return Phase(until, 2048, (("teasing", 0.80, teasing), ("far repeats", 0.06, far_repeats), ("repeats", 0.06, repeats), ("play", 0.08, plays)), 8, 4)

@@ -1,6 +1,7 @@
 """The small model's text, its training, and what is in the package."""
 import json
 import random
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -49,15 +50,17 @@ def test_random_play_stays_on_its_side_of_the_fence(task):
 
 def test_heads_look_back_before_any_training(words):
     tokenizer = train_tokenizer(play_texts([episode()]), 600)
-    model = new_model(tokenizer, Shape(hidden=64, layers=1, heads=4, feed_forward=64, look_back=(1, 2)))
+    shape = Shape(hidden=64, layers=2, heads=4, feed_forward=64, look_back=((1, 2), (4,)))
+    model = new_model(tokenizer, shape)
     model.set_attn_implementation("eager")
-    attention = model(torch.randint(300, 500, (1, 50)), output_attentions=True).attentions[0][0]
-    for head, distance in enumerate((1, 2)): assert attention[head].diagonal(-distance)[distance:].mean() > 0.8
-    with pytest.raises(ValueError, match="5 distances"): new_model(tokenizer, Shape(hidden=64, layers=1, heads=4, feed_forward=64, look_back=(1, 2, 3, 4, 5)))
+    layers = model(torch.randint(300, 500, (1, 50)), output_attentions=True).attentions
+    for layer, head, distance in ((0, 0, 1), (0, 1, 2), (1, 0, 4)): assert layers[layer][0][head].diagonal(-distance)[distance:].mean() > 0.8
+    with pytest.raises(ValueError, match="5 distances"): new_model(tokenizer, replace(shape, look_back=((1, 2, 3, 4, 5),)))
+    with pytest.raises(ValueError, match="layer 2 is to look back, but the model has 2 layers"): new_model(tokenizer, replace(shape, look_back=((1,), (2,), (3,))))
 
 
 def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
-    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=(1, 2))
+    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
     hashes = []
     for name, stops in (("whole", (None,)), ("resumed", (2, 4, None))):
         (tmp_path / name).mkdir()

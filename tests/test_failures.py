@@ -1,0 +1,95 @@
+"""Where it goes wrong: causes, sources, curves; cases on disk."""
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exprag.failures import CAUSES, REFUSALS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, sources, sources_table, write_cases
+from exprag.results import EpisodeFile, Results, Run
+from exprag.trajectory import Step, Task, Trajectory
+
+WORDS = st.lists(st.sampled_from(["open door", "open box", "go to hall", "look around", "wait"]), max_size=6)
+
+
+def told(actions, type="boil", score=10.0, said="done", variation="1"):
+    steps = tuple(Step(a, said) for a in actions)
+    return Trajectory(Task("scienceworld", type, variation, "dev"), "a goal", "a room", steps).finish(score, score == 100)
+
+
+def case(actions, lines=("go to hall", "open door", "wait"), **how):
+    shown = (told(lines, score=100.0, variation="2"),) if lines is not None else ()
+    return Case("ExpRAG", told(actions, **how), shown)
+
+
+@pytest.mark.parametrize("actions, how, why", [
+    (["wait"], {}, "deed"), (["go to hall", "open box"], {}, "nouns"), (["go to hall", "open door", "wait"], {}, "experience"),
+    (["go to hall", "open door", "wait", "wait"], {}, "experience"), (["go to hall"], {}, "length"), ([], {}, "length"),
+    (["go to hall"], {"said": "No known action matches that input."}, "world"), (["go to hall"], {"said": "Ambiguous request: please say"}, "world"),
+    (["wait"], {"type": "melt"}, "retrieval"), (["wait"], {"lines": None}, "shown nothing"), (["wait"], {"score": 100.0}, None)])
+def test_the_earliest_cause_is_named(actions, how, why):
+    assert cause(case(actions, **how)) == why and (why is None or why in CAUSES)
+
+
+def test_an_action_is_traced_to_the_lines():
+    c = case(["go to hall", "wait", "open hall", "fly", ""])
+    assert sources(c) == (SOURCES[0], SOURCES[1], SOURCES[2], SOURCES[3], SOURCES[3])
+    both = Case("ExpRAG", told(["wait"]), (told(["look around"]), told(["wait"])))
+    assert sources(both) == (SOURCES[0],)
+
+
+@given(WORDS, WORDS)
+def test_followed_is_the_length_of_the_common_beginning(actions, lines):
+    common = 0
+    while common < min(len(actions), len(lines)) and actions[common] == lines[common]: common += 1
+    assert followed(case(actions, tuple(lines))) == common
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5))
+def test_the_curve_counts_only_experiences_that_long(pairs):
+    made = [case(actions, tuple(lines)) for actions, lines in pairs]
+    curve = following(made)
+    assert len(curve) == max(len(lines) for _, lines in pairs) and all(0 <= share <= 1 for share in curve)
+    for n, share in enumerate(curve):
+        long = [c for c in made if len(c.lines) > n]
+        assert share == sum(c.episode.actions[:n + 1] == c.lines[:n + 1] for c in long) / len(long)
+
+
+def test_a_world_whose_refusals_nobody_told_is_an_error_with_the_way_out():
+    step = Step("open door", "You cannot.")
+    with pytest.raises(ValueError, match="nobody said how 'kitchen' refuses.*known: scienceworld, alfworld"): refused(step, "kitchen")
+    assert refused(step, "kitchen", {**REFUSALS, "kitchen": ("You cannot",)}) and not refused(step, "scienceworld")
+
+
+def test_cases_survive_the_file_with_short_observations(tmp_path):
+    made = [case(["go to hall", "wait"], said="x" * 100), case(["wait"], lines=None)]
+    write_cases(tmp_path / "cases.xz", made)
+    back = read_cases(tmp_path / "cases.xz")
+    assert [(c.condition, c.episode.actions, c.lines, c.episode.task) for c in back] == [(c.condition, c.episode.actions, c.lines, c.episode.task) for c in made]
+    assert back[0].episode.steps[0].observation == "x" * 40 and str(causes_table(back)) == str(causes_table(made))
+
+
+def test_cases_ask_the_memory_at_the_beginning_of_each_episode(tmp_path):
+    episode, experience = told(["wait", "wait"]), told(["wait"], score=100.0, variation="2")
+    with EpisodeFile(tmp_path / "episodes.jsonl") as file: file.append(episode)
+    asked = []
+
+    class Memory:
+        def recall(self, trajectory):
+            asked.append(trajectory)
+            return type("Selection", (), {"experiences": [experience]})()
+
+    panel = {"name": "one", "fingerprint": "f", "tasks": [str(episode.task)], "caps": {}, "settings": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"name": "ExpRAG-LoRA", "seed": 0, "panel": panel}))
+    run = Run.read(tmp_path)
+    found = cases(Results((run,)), {"ExpRAG-LoRA": Memory()})
+    assert found == [Case("ExpRAG-LoRA", episode, (experience,))] and asked[0].steps == () and asked[0].task == episode.task
+    assert cases(Results((run,)), {}) == [Case("ExpRAG-LoRA", episode, ())]
+
+
+def test_tables_count_each_episode_once():
+    made = [case(["wait"]), case(["go to hall"]), case(["wait"], score=100.0), Case("LoRA", told(["wait"]))]
+    table = causes_table(made)
+    assert table.rows[0][:3] == ("ExpRAG", "3", "1") and table.rows[1][:4] == ("LoRA", "1", "0", "1")
+    assert [sum(int(x) for x in row[2:] if x) for row in table.rows] == [3, 1]
+    assert [row[0] for row in sources_table(made).rows] == ["ExpRAG"]  # nothing was shown to the other
