@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'check_experience', 'is_hard', 'thinned', 'Recalled', 'retrieve_for_training', 'check_aligned', 'Budget',
            'equal_budget', 'index_manifest', 'Leak', 'true_fold', 'leaks', 'audit', 'unknown_artefacts']
 
-# %% ../nbs/07_combined.ipynb #462f0e0a
+# %% ../nbs/07_combined.ipynb #260981f2
 import hashlib
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from .environment import ALFWORLD, ALFWORLD_HARD, FOLD_SIZES, FOLDS, HARD_TYPES, WORLD, Panel, listed_tasks
+from .environment import ALFWORLD, FOLD_SIZES, FOLDS, WORLD, Panel, hard_types, listed_tasks
 from .samples import LeakError, Sample, opening
 from .select import Selection, same_task
 from .sft import Manifest, RunReport
@@ -37,10 +37,10 @@ def check_experience(trajectory: Trajectory,  # to be trained on
             raise LeakError(f"{trajectory.task} would be trained with {e.task} in its context: hard types may be in an index but not in weights; "
                             "retrieve from the 'matched' or the 'easy' composition")
 
-# %% ../nbs/07_combined.ipynb #560c111a
+# %% ../nbs/07_combined.ipynb #d4f2ba38
 def is_hard(task: Task) -> bool:
     "Whether its type must never enter a weight."
-    return task.type in {WORLD: HARD_TYPES, ALFWORLD: ALFWORLD_HARD}.get(task.world, ())
+    return task.type in hard_types(task.world)
 
 # %% ../nbs/07_combined.ipynb #deb6c876
 def thinned(selection: Selection,  # what the memory gave

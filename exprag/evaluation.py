@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'MEMORIES', 'CONDITIONS', 'GIVES_UP', 'MOVES', 'Condition', 'condition', 'ReplayPolicy', 'RandomRetriever',
-           'hashed_fraction', 'OracleRetriever', 'oracle_paths', 'memory_for', 'memory_manifest', 'check_leaks',
+           'hashed_fraction', 'OracleRetriever', 'oracle_paths', 'memory_for', 'memory_manifest', 'written_views',
+           'view_manifest', 'words_of', 'evaluation_contents', 'threshold_leaks', 'check_leaks', 'check_words',
            'run_config', 'installed', 'evaluate', 'check_policy', 'spans', 'teacher_forced', 'step_by_step',
            'ProcedureAccuracy', 'procedure_accuracy', 'CONDITION_ORDER', 'PRIMARY', 'SECONDARY', 'Episode', 'Question',
            'Results', 'Run', 'Table', 'contrast_table', 'load_results', 'plot_results', 'plot_types', 'results_table',
            'types_table']
 
-# %% ../nbs/08c_evaluation.ipynb #7f7c955a
+# %% ../nbs/08c_evaluation.ipynb #aca6857f
 import hashlib
 import re
 import sys
@@ -21,18 +22,24 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from .agent import Action, rollout
+from .agent import Action, Dynamic, rollout
+from .alfworld_grammar import grammar_of, in_words_of
 from .collecting import make_environment
-from .combined import audit, index_manifest
-from .environment import Panel, ScienceWorldEnv, gold_path, known
+from .combined import Leak, audit, index_manifest, true_fold
+from .environment import ALFWORLD, Panel, ScienceWorldEnv, action_templates, gold_path, known
+from .insights import InsightError
 from .procedure import abstract, edit_distances
+from .prompt import PromptFormat
 from .query import Hit
 from .results import (CONDITION_ORDER, PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, contrast_table, load_results,
                             plot_results, plot_types, results_table, run_directory, types_table)
-from .select import Memory, NoMemory, adapt, composition, exclude_same_task, successes_only, top_k
+from .select import Memory, NoMemory, adapt, composition, exclude_same_task, same_task, successes_only, top_k
 from .samples import LeakError, Sample, collate, micro_batches
 from .sft import Manifest
+from .situations import rule
+from .store import UnknownTrajectory
 from .trajectory import Task, Trajectory, thaw
+from .views import view as view_named
 
 # %% ../nbs/08c_evaluation.ipynb #baa31b44
 _all_ = ["CONDITION_ORDER", "PRIMARY", "SECONDARY", "Episode", "Question", "Results", "Run", "Table", "contrast_table", "load_results",
@@ -42,7 +49,7 @@ _all_ = ["CONDITION_ORDER", "PRIMARY", "SECONDARY", "Episode", "Question", "Resu
 ADAPTERS = ("none", "lora", "exprag-lora")
 MEMORIES = ("none", "retrieved", "random", "oracle")
 
-# %% ../nbs/08c_evaluation.ipynb #753b6249
+# %% ../nbs/08c_evaluation.ipynb #3894a1f5
 @dataclass(frozen=True)
 class Condition:
     "Who acts and what it may remember."
@@ -53,10 +60,13 @@ class Condition:
     composition: str = "matched"  # which episodes the index holds; see `exprag.select.composition`
     k: int = 2  # experiences in the context
     seed: int = 0  # training seed; of the draw, for random experience
+    when: str = "once"  # when the memory is asked: 'once' an episode (static), or a rule's name, such as 'every 5'
 
     def __post_init__(self):
         known(self.adapter, ADAPTERS, "adapter"), known(self.memory, MEMORIES, "memory"), known(self.policy, ("model", "replay"), "policy")
         if self.k < 1: raise ValueError(f"condition {self.name!r}: k is {self.k}, must be at least 1; for no experience use memory='none'")
+        if not self.when.startswith("drifted "): rule(self.when)  # an unknown one is an error here
+        if self.memory == "none" and self.when != "once": raise ValueError(f"condition {self.name!r} remembers nothing and asks {self.when!r}; there is nobody to ask")
 
 # %% ../nbs/08c_evaluation.ipynb #d2334bb6
 CONDITIONS = {c.name: c for c in (
@@ -72,7 +82,9 @@ def condition(name: str, /,  # a key of `CONDITIONS`
     "A named condition, perhaps with changes."
     return replace(CONDITIONS[known(name, tuple(CONDITIONS), "condition")], **changes)
 
-# %% ../nbs/08c_evaluation.ipynb #e5d7b979
+# %% ../nbs/08c_evaluation.ipynb #6e50426a
+GIVES_UP = "done"  # the stop by which a policy tells `rollout` that it writes nothing more
+
 class ReplayPolicy:
     "Plays the best experience's actions back, with the goal's nouns put in; no model, no tokens."
     name, batch_size = "replay", 1
@@ -100,9 +112,6 @@ class ReplayPolicy:
         if key not in self._plans:
             self._plans[key] = adapt(experience, trajectory.goal).actions if self.substitute else experience.actions
         return self._plans[key]
-
-# %% ../nbs/08c_evaluation.ipynb #fae68399
-GIVES_UP = "done"  # the stop by which a policy tells `rollout` that it writes nothing more
 
 # %% ../nbs/08c_evaluation.ipynb #4a059bd4
 class RandomRetriever:
@@ -163,15 +172,15 @@ def oracle_paths(env: ScienceWorldEnv, tasks: Iterable[Task]) -> dict[Task, tupl
     "The simulator's own expert path for each task, to rank with."
     return {task: gold_path(env, task) for task in tasks}
 
-# %% ../nbs/08c_evaluation.ipynb #6a051f13
+# %% ../nbs/08c_evaluation.ipynb #2b232f89
 def memory_for(condition: Condition,
                retriever=None,  # a `Retriever`; its store serves the controls too
                paths: Mapping[Task, Sequence[str]] | None = None,  # `oracle_paths`, for oracle experience
                view: str = "actions",  # how an experience is written
                extra_stages: Sequence = (),  # of `exprag.select`, such as a token budget
                adapted: bool = False  # put the nouns of the task at hand into experiences
-              ):  # a `Memory`, or `NoMemory`
-    "What a condition may remember: everything alike but the ranking."
+              ):  # a `Memory`, `Dynamic` where it is asked more than once, or `NoMemory`
+    "What a condition may remember: everything alike but the ranking, and when it is asked."
     if condition.memory == "none": return NoMemory()
     if retriever is None: raise ValueError(f"condition {condition.name!r} remembers ({condition.memory}): give a retriever")
     if condition.memory == "random": retriever = RandomRetriever(retriever.store, condition.seed)
@@ -179,20 +188,76 @@ def memory_for(condition: Condition,
         if not paths: raise ValueError(f"condition {condition.name!r} ranks by the expert's path: give paths=oracle_paths(env, panel.tasks)")
         retriever = OracleRetriever(retriever.store, paths)
     stages = (exclude_same_task(), successes_only(), top_k(condition.k), *extra_stages)
-    return Memory(retriever, stages=stages, composition=condition.composition, view=view, adapted=adapted)
+    memory = Memory(retriever, stages=stages, composition=condition.composition, view=view, adapted=adapted)
+    return memory if condition.when == "once" else Dynamic(memory, rule(condition.when, retriever))
 
-# %% ../nbs/08c_evaluation.ipynb #11f4df0b
+# %% ../nbs/08c_evaluation.ipynb #ec0506cf
 def memory_manifest(memory,  # a `Memory`
                     panel: Panel) -> Manifest:
-    "What the index of a memory holds for the tasks of a panel."
+    "What the index of a memory holds for the tasks of a panel, and what the texts were written from that it shows."
     store, one_of_each = memory.retriever.store, {t.type: t for t in panel}.values()
     ids = set().union(*(composition(store, memory.composition, task) for task in one_of_each))
-    return index_manifest(store, sorted(ids), f"of the memory ({memory.composition})")
+    if only := getattr(memory, "only", None): ids &= set(store.find(**only))
+    written = tuple(view_manifest(name, store, sorted(ids)) for name in written_views(memory))
+    return replace(index_manifest(store, sorted(ids), f"of the memory ({memory.composition})"), parents=written)
 
-# %% ../nbs/08c_evaluation.ipynb #58c87b38
+# %% ../nbs/08c_evaluation.ipynb #f26e1cfd
+def written_views(memory) -> tuple[str, ...]:
+    "The views that a memory may show whose text somebody wrote about episodes."
+    names = [getattr(memory, "view", None)] + [name for s in getattr(memory, "stages", ()) for name in s.settings.get("views") or [s.settings.get("view")]]
+    return tuple(name for name in dict.fromkeys(filter(None, names)) if hasattr(view_named(name), "sources"))
+
+# %% ../nbs/08c_evaluation.ipynb #226ffca1
+def view_manifest(name: str,  # of a view with `sources`
+                  store, ids: Iterable[str]  # of the episodes that it may be asked to show
+                 ) -> Manifest:
+    "The episodes that the texts of a view were written from."
+    found = set()
+    for id in ids:
+        try: found |= set(view_named(name).sources(store.get(id)))
+        except InsightError: pass  # nothing was written from it, so there is nothing to show
+    try: return index_manifest(store, sorted(found), f"of the view {name}")
+    except UnknownTrajectory as error:
+        raise LeakError(f"the view {name!r} was written from an episode that is not in {store!r} ({error}), so nobody can say of which task; keep what a view is written from in the memory's store") from None
+
+# %% ../nbs/08c_evaluation.ipynb #3110d115
+def words_of(trajectory: Trajectory) -> str:  # 64 hex digits
+    "A hash of all that was said and done in an episode, whatever its task is called."
+    try: t = in_words_of(trajectory, {"grammar": "move"})
+    except ValueError: t = trajectory  # it does not say which language it speaks
+    said = [t.goal, t.first_observation, *(text for s in t.steps for text in (s.action, s.observation))]
+    return hashlib.sha256("\0".join(" ".join(text.lower().split()) for text in said).encode()).hexdigest()
+
+# %% ../nbs/08c_evaluation.ipynb #87c678f2
+def evaluation_contents(manifests: Iterable[Manifest],
+                        store=None,  # of the memory, if there is one
+                        recognise: Iterable[Trajectory] = ()  # more episodes of folds other than train
+                       ) -> frozenset[str]:  # ids
+    "Episodes of evaluation folds, and those in the manifests that hold the same words under another name."
+    def contents(manifest): return set(manifest.contents).union(*map(contents, manifest.parents))
+    there = set(store.find()) if store is not None else set()
+    elsewhere = there - set(store.find(folds=["train"])) if there else ()
+    outside = [*recognise, *(store.get(id) for id in elsewhere)]
+    said = {words_of(t) for t in outside if t.steps}
+    inside = there & set().union(*map(contents, manifests)) if said else ()
+    return frozenset(t.id for t in outside) | {id for id in inside if words_of(store.get(id)) in said}
+
+# %% ../nbs/08c_evaluation.ipynb #5b1c43be
+def threshold_leaks(manifests: Iterable[Manifest], panel: Panel) -> list[Leak]:
+    "Thresholds that were set on tasks of the panel, or of a fold that nothing is tuned on."
+    found = []
+    for m in manifests:
+        for task in m.tasks if m.kind == "threshold" else ():
+            if any(same_task(task, t) for t in panel): found.append(Leak(f"tuned on a task of panel {panel.name!r}", f"threshold {m.name!r}", str(task)))
+            elif true_fold(task) not in ("train", "dev"): found.append(Leak("tuned on neither train nor dev", f"threshold {m.name!r}", str(task)))
+        found += threshold_leaks(m.parents, panel)
+    return found
+
+# %% ../nbs/08c_evaluation.ipynb #903d6196
 def check_leaks(condition: Condition, panel: Panel, policy,
                 memory,  # of the condition
-                manifests: Iterable[Manifest] = ()  # of the weights: pre-training, adapter
+                manifests: Iterable[Manifest] = (),  # of the weights: pre-training, adapter; of thresholds
+                recognise: Iterable[Trajectory] = ()  # episodes of evaluation folds, to be recognised under any name
                ) -> tuple[str, ...]:  # artefacts of which nobody can say what went in
     "Raise `LeakError` unless the condition may be run on the panel."
     manifests = list(manifests)
@@ -200,11 +265,26 @@ def check_leaks(condition: Condition, panel: Panel, policy,
     if condition.adapter != "none" and "adapter" not in kinds:
         raise LeakError(f"condition {condition.name!r} has trained weights ({condition.adapter}) and no adapter manifest among the {len(manifests)} given, so nobody "
                         "can say what they saw; give manifests=[report.manifest] of the training run")
-    if condition.memory != "none": manifests.append(memory_manifest(memory, panel))
-    unknown = audit(manifests, panel)
-    return (*unknown, policy.name) if condition.policy == "model" and not kinds else unknown
+    remembers = condition.memory != "none"
+    if remembers: manifests.append(memory_manifest(memory, panel))
+    unknown = audit(manifests, panel, evaluation_contents(manifests, memory.retriever.store if remembers else None, recognise))
+    if tuned := threshold_leaks(manifests, panel):
+        raise LeakError(f"{tuned[0].artefact} was {tuned[0].rule}: {', '.join(leak.what for leak in tuned[:8])}; set it on dev tasks that are not of the panel")
+    return (*unknown, policy.name) if condition.policy == "model" and not kinds - {"threshold"} else unknown
 
-# %% ../nbs/08c_evaluation.ipynb #40f85fb8
+# %% ../nbs/08c_evaluation.ipynb #de6dc5d9
+def check_words(panel: Panel, policy, memory) -> None:
+    "Refuse a prompt that lists actions of another language than the panel's, and experience of which nobody knows the language."
+    world, form, settings = panel.tasks[0].world, getattr(policy, "format", None), thaw(panel.settings)
+    if world != ALFWORLD or "grammar" not in settings: return
+    here = action_templates(world, settings)
+    if isinstance(form, PromptFormat):
+        said = form.messages(Trajectory(panel.tasks[0], "", "", settings=settings))[0]["content"]
+        if wrong := [t for grammar in ("move", "put") for t in action_templates(world, {"grammar": grammar}) if t not in here and t in said]:
+            raise ValueError(f"the prompt lists {wrong[0]!r}, and panel {panel.name!r} speaks {settings['grammar']!r}: give PromptFormat(templates=action_templates({world!r}, {settings}))")
+    for id in memory_manifest(memory, panel).contents if not isinstance(memory, NoMemory) else (): grammar_of(memory.retriever.store.get(id))
+
+# %% ../nbs/08c_evaluation.ipynb #40b71ac8
 def run_config(condition: Condition, panel: Panel, policy, memory,
                batch_size: int  # episodes at once
               ) -> dict:  # JSON-ready
@@ -212,7 +292,8 @@ def run_config(condition: Condition, panel: Panel, policy, memory,
     neural = hasattr(policy, "model")
     packages = (panel.tasks[0].world, *(("torch", "transformers") if neural else ()))  # a world's package has its name
     threads = sys.modules["torch"].get_num_threads() if neural and "torch" in sys.modules else None
-    return {"name": condition.name, "seed": condition.seed, "condition": asdict(condition), "policy": thaw(policy.describe()), "memory": thaw(memory.describe()),
+    said = {name: value for name, value in asdict(condition).items() if (name, value) != ("when", "once")}  # static runs keep the directory they had
+    return {"name": condition.name, "seed": condition.seed, "condition": said, "policy": thaw(policy.describe()), "memory": thaw(memory.describe()),
             "panel": {"name": panel.name, "fingerprint": panel.fingerprint, "tasks": [str(t) for t in panel], "caps": thaw(panel.caps), "settings": thaw(panel.settings)},
             "runtime": {"batch_size": batch_size, "threads": threads, "versions": {p: installed(p) for p in packages}}}
 
@@ -222,7 +303,7 @@ def installed(package: str) -> str:
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 
-# %% ../nbs/08c_evaluation.ipynb #aba136b2
+# %% ../nbs/08c_evaluation.ipynb #2b2eb6f0
 def evaluate(condition: Condition, panel: Panel,
              out_dir,  # where runs live, one directory each
              policy,  # what acts; see `exprag.agent.rollout`
@@ -230,13 +311,14 @@ def evaluate(condition: Condition, panel: Panel,
              manifests: Iterable[Manifest] = (),  # of the weights: pre-training, adapter
              env_factory: Callable | None = None,  # makes a world; None: ScienceWorld with the panel's settings
              batch_size: int | None = None,  # episodes at once; None: the policy's
-             progress: bool = True  # show a bar
+             progress: bool = True,  # show a bar
+             recognise: Iterable[Trajectory] = ()  # episodes of evaluation folds, which the audit is to know under any name
             ) -> Run:
     "Run a condition on a panel, or the part of it that is not on disk yet."
     from tqdm.auto import tqdm
     memory = memory if memory is not None else NoMemory()
-    check_policy(condition, policy, memory)
-    unknown = check_leaks(condition, panel, policy, memory, manifests)
+    check_policy(condition, policy, memory), check_words(panel, policy, memory)
+    unknown = check_leaks(condition, panel, policy, memory, manifests, recognise)
     size = batch_size or policy.batch_size
     folder = run_directory(out_dir, {**run_config(condition, panel, policy, memory, size), "unknown": sorted(unknown)})
     env_factory = env_factory or partial(make_environment, panel.tasks[0].world, **thaw(panel.settings))
@@ -248,18 +330,19 @@ def evaluate(condition: Condition, panel: Panel,
                 bar.update()
     return Run.read(folder)
 
-# %% ../nbs/08c_evaluation.ipynb #12e59013
+# %% ../nbs/08c_evaluation.ipynb #69aaae51
 def check_policy(condition: Condition, policy, memory) -> None:
     "Refuse a policy or memory that is not the condition's."
     if (condition.policy == "replay") != isinstance(policy, ReplayPolicy):
         raise ValueError(f"condition {condition.name!r} acts by {condition.policy}, but the policy is a {type(policy).__name__}")
     if (condition.memory == "none") != isinstance(memory, NoMemory):
         raise ValueError(f"condition {condition.name!r} remembers {condition.memory!r}, but the memory is a {type(memory).__name__}; use memory_for(condition, retriever)")
+    if (condition.when == "once") == isinstance(memory, Dynamic):
+        raise ValueError(f"condition {condition.name!r} asks {condition.when!r}, but the memory is a {type(memory).__name__}; use memory_for(condition, retriever)")
 
-# %% ../nbs/08c_evaluation.ipynb #2b04aa4e
+# %% ../nbs/08c_evaluation.ipynb #e7f4a246
 MOVES = re.compile(r"(?:go|teleport) .*|(?:open|close) door .*|look around")  # how an expert gets about, not what it does
 
-# %% ../nbs/08c_evaluation.ipynb #420e3335
 def spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     "Where the runs of ones begin and end."
     edges = np.flatnonzero(np.diff([0, *mask, 0]))

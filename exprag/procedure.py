@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATES', 'SAME_DEED', 'PAPER_SPLIT', 'template_patterns', 'compiled_templates', 'abstract', 'procedure',
            'edit_distances', 'procedure_distances', 'nearest_outside', 'Scale', 'Split', 'leave_one_topic_out']
 
-# %% ../nbs/01h_procedure.ipynb #ae9d2a26
+# %% ../nbs/01h_procedure.ipynb #eddab05f
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +14,23 @@ from functools import cache
 
 import numpy as np
 
-from .environment import ALFWORLD, EASY_TYPES, HARD_TYPES, TOPICS, WORLD, action_templates
+from .environment import ALFWORLD, EASY_TYPES, HARD_TYPES, OWN_WORLDS, TOPICS, WORLD, action_templates
 from .trajectory import FrozenMap, Trajectory
 
-# %% ../nbs/01h_procedure.ipynb #79cd52db
-TEMPLATES: dict[str, tuple[str, ...]] = {w: action_templates(w) for w in (WORLD, ALFWORLD)}  # a world of your own is added here
+# %% ../nbs/01h_procedure.ipynb #6c48445c
+TEMPLATES: dict[str, tuple[str, ...]] = {w: action_templates(w) for w in (WORLD, ALFWORLD)}  # a world of your own: `register_world`
 SAME_DEED: dict[str, dict[str, str]] = {  # world -> another wording -> the template that it means
     WORLD: {"pour OBJ into OBJ": "pour OBJ in OBJ", "dunk OBJ into OBJ": "dunk OBJ in OBJ"},
     ALFWORLD: {"put OBJ in/on OBJ": "move OBJ to OBJ", "put OBJ in OBJ": "move OBJ to OBJ", "put OBJ on OBJ": "move OBJ to OBJ"}}
 
-# %% ../nbs/01h_procedure.ipynb #32f8cf0f
-def template_patterns(world: str  # a key of `TEMPLATES`
+# %% ../nbs/01h_procedure.ipynb #7d2d0372
+def template_patterns(world: str  # a key of `TEMPLATES`, or a world that was registered with its templates
                      ) -> tuple[tuple[str, re.Pattern], ...]:
     "The action templates of a world with what they match, the most literal first."
-    if world not in TEMPLATES:
-        raise ValueError(f"no action templates for world {world!r} (there are {', '.join(TEMPLATES)}): add them, TEMPLATES[{world!r}] = ('open OBJ', ...)")
-    return compiled_templates(TEMPLATES[world], FrozenMap(SAME_DEED.get(world, {})))
+    templates = TEMPLATES.get(world) or (action_templates(world) if world in OWN_WORLDS else ())
+    if not templates:
+        raise ValueError(f"no action templates for world {world!r} (there are {', '.join({**TEMPLATES, **OWN_WORLDS})}): tell them, register_world({world!r}, templates=['open OBJ', ...])")
+    return compiled_templates(templates, FrozenMap(SAME_DEED.get(world, {})))
 
 # %% ../nbs/01h_procedure.ipynb #e2b8ab0b
 @cache

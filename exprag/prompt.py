@@ -12,9 +12,9 @@ import re
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-# %% ../nbs/05a_prompt.ipynb #b9068602
+# %% ../nbs/05a_prompt.ipynb #531c5169
 from .environment import action_templates
-from .trajectory import Trajectory, canonical_json
+from .trajectory import FrozenMap, Trajectory, canonical_json
 from .views import view
 
 # %% ../nbs/05a_prompt.ipynb #a1e65b5c
@@ -32,7 +32,7 @@ def digest(value) -> str:
     "12 hex digits of the SHA-256 of a JSON value."
     return hashlib.sha256(canonical_json(value)).hexdigest()[:12]
 
-# %% ../nbs/05a_prompt.ipynb #66208d13
+# %% ../nbs/05a_prompt.ipynb #7d34af6b
 @dataclass(frozen=True)
 class PromptFormat:
     "What the model is told before the goal: instruction, action templates, and experience under its headers."
@@ -45,18 +45,19 @@ class PromptFormat:
     unknown_header: str = "Experience, outcome unknown:"
     counter: str = ""  # closes what the world says before action n, such as "Step {n}"; "": no counter
 
-    def action_templates(self, world: str) -> tuple[str, ...]:
-        "The action templates to list for a world."
-        return self.templates if self.templates is not None else action_templates(world)
+    def action_templates(self, world: str, settings=FrozenMap()) -> tuple[str, ...]:
+        "The action templates to list for a world under its settings."
+        return self.templates if self.templates is not None else action_templates(world, settings)
 
     def system(self, world: str,  # the world that the agent is in
-               experiences=()  # trajectories to remember, best first
+               experiences=(),  # trajectories to remember, best first
+               settings=FrozenMap()  # of the world: ALFWorld's grammar decides the templates
                ) -> str:
         "The text of the system prompt: instruction, action templates, memory block."
         if self.instruction is None and world not in INSTRUCTIONS:
             raise PromptError(f"no instruction for world {world!r} (there are {', '.join(INSTRUCTIONS)}): give one, PromptFormat(instruction=...)")
         parts = [self.instruction if self.instruction is not None else INSTRUCTIONS[world]]
-        templates = self.action_templates(world)
+        templates = self.action_templates(world, settings)
         if templates: parts.append(self.templates_header + "\n" + "; ".join(templates))
         for outcome, header in ((True, self.success_header), (False, self.failure_header), (None, self.unknown_header)):
             texts = [view(self.view)(e).strip() for e in experiences if e.success is outcome]
@@ -68,7 +69,7 @@ class PromptFormat:
                  ) -> list[dict]:
         "The conversation: system, goal and first observation, then action and observation in turn."
         first = [trajectory.goal.strip(), trajectory.first_observation.strip()]
-        messages = [{"role": "system", "content": self.system(trajectory.task.world, experiences)},
+        messages = [{"role": "system", "content": self.system(trajectory.task.world, experiences, trajectory.settings)},
                     {"role": "user", "content": self.counted("\n\n".join(part for part in first if part), 1)}]
         for n, step in enumerate(trajectory.steps, 2):
             messages += [{"role": "assistant", "content": step.action.strip()},

@@ -7,7 +7,7 @@ __all__ = ['KEYS', 'SOUGHT', 'MAGIC', 'QUERIES_KEPT', 'goal', 'key_function', 'E
            'fingerprint_of', 'quiet_loading', 'load_sentence_model', 'overhead', 'SentenceEncoder', 'instructed', 'Hit',
            'faiss_threads', 'ExactIndex', 'IndexMismatch', 'write_index', 'read_index', 'embed_missing', 'Retriever']
 
-# %% ../nbs/03_query.ipynb #0c44c5c4
+# %% ../nbs/03_query.ipynb #a1e97f15
 import json
 import os
 import tempfile
@@ -20,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
+from .care import header_hash
 from .store import Store, id_set_hash
 from .trajectory import Trajectory
 
@@ -252,7 +253,7 @@ class ExactIndex:
 class IndexMismatch(ValueError):
     "A saved index that was made with another encoder or key."
 
-# %% ../nbs/03_query.ipynb #77cb4e6a
+# %% ../nbs/03_query.ipynb #78f2567a
 MAGIC = b"exprag index 1\n"
 
 def write_index(path: Path,
@@ -262,6 +263,7 @@ def write_index(path: Path,
     import faiss
     body = "".join(index.ids).encode("ascii") + faiss.serialize_index(index.flat).tobytes()
     header = {**header, "episodes": len(index.ids), "sha256": sha256(body).hexdigest()}
+    header = {**header, "check": header_hash(header)}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
     try:
@@ -273,7 +275,7 @@ def write_index(path: Path,
         os.unlink(temporary)
         raise
 
-# %% ../nbs/03_query.ipynb #8309a66c
+# %% ../nbs/03_query.ipynb #19c386a2
 def read_index(path: Path,
                expected: dict,  # encoder, key, store
                threads: int  # of FAISS
@@ -284,7 +286,7 @@ def read_index(path: Path,
     head, _, body = rest.partition(b"\n")
     try: header = json.loads(head)
     except ValueError: header = None
-    if magic + b"\n" != MAGIC or not isinstance(header, dict): return None, "the file was damaged"
+    if magic + b"\n" != MAGIC or not isinstance(header, dict) or header.pop("check", "") != header_hash(header): return None, "the file was damaged"
     for name in ("encoder", "key"):
         if header.get(name) != expected[name]:
             raise IndexMismatch(f"{path} was made with {name} {header.get(name)!r}, and this retriever has {name} {expected[name]!r}; use that {name}, or give another path, or remove the file to have it rebuilt")

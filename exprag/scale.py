@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CELL_SAMPLE', 'FEW', 'MAGIC', 'HEADER', 'marks_of', 'train_cells', 'Allowed', 'KeyRows', 'ApproximateIndex', 'probe',
-           'calibrate_cells', 'check_of', 'write_large', 'read_large', 'LargeRetriever']
+           'calibrate_cells', 'write_large', 'read_large', 'LargeRetriever']
 
-# %% ../nbs/03d_scale.ipynb #5b7870f4
+# %% ../nbs/03d_scale.ipynb #e72b7bcb
 import json
 import os
 import tempfile
@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .query import Encoder, ExactIndex, Hit, IndexMismatch, Retriever, embed_missing, faiss_threads
-from .store import Store, id_set_hash
+from .care import header_hash
+from .query import ExactIndex, Hit, IndexMismatch, Retriever, embed_missing, faiss_threads
+from .store import id_set_hash
 
 # %% ../nbs/03d_scale.ipynb #f0941176
 def marks_of(vectors: np.ndarray  # float32 [n, dim]
@@ -187,14 +188,9 @@ def calibrate_cells(index: ApproximateIndex,
             cells = min(2 * cells, index.ivf.nlist)
     return cells
 
-# %% ../nbs/03d_scale.ipynb #d93b1f30
+# %% ../nbs/03d_scale.ipynb #741e287c
 MAGIC, HEADER = b"exprag index 2\n", 1024  # bytes of the header line, filled with blanks
 
-def check_of(header: dict) -> str:
-    "A hash of the header, which the hash of the body does not cover."
-    return sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-
-# %% ../nbs/03d_scale.ipynb #36e41036
 def write_large(path: Path,
                 index: ApproximateIndex,
                 header: dict):  # what it was made from
@@ -212,7 +208,7 @@ def write_large(path: Path,
             for array in (index.keys, index.rows, index.marks): put(array.tobytes())
             faiss.write_index(index.ivf, faiss.PyCallbackIOWriter(put, 1 << 20))
             header = {**header, "episodes": len(index), "rows": len(index.marks), "nprobe": index.nprobe, "trained_on": index.trained_on, "sha256": digest.hexdigest()}
-            header = {**header, "check": check_of(header)}
+            header = {**header, "check": header_hash(header)}
             file.seek(len(MAGIC))
             file.write(json.dumps(header).encode().ljust(HEADER - 1))
             file.flush(); os.fsync(file.fileno())
@@ -221,7 +217,7 @@ def write_large(path: Path,
         os.unlink(temporary)
         raise
 
-# %% ../nbs/03d_scale.ipynb #b8c572f3
+# %% ../nbs/03d_scale.ipynb #453ad625
 def read_large(path: Path,
                expected: dict,  # encoder, key, store
                threads: int  # of FAISS
@@ -232,7 +228,7 @@ def read_large(path: Path,
         magic = file.read(len(MAGIC))
         try: header = json.loads(file.read(HEADER))
         except ValueError: header = None
-        if magic != MAGIC or not isinstance(header, dict) or header.pop("check", "") != check_of(header): return None, "the file was damaged"
+        if magic != MAGIC or not isinstance(header, dict) or header.pop("check", "") != header_hash(header): return None, "the file was damaged"
         for name in ("encoder", "key"):
             if header.get(name) != expected[name]:
                 raise IndexMismatch(f"{path} was made with {name} {header.get(name)!r}, and this retriever has {name} {expected[name]!r}; use that {name}, or give another path, or remove the file to have it made again")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECENT_STEPS', 'RECENT_WORDS', 'GRANULARITIES', 'WINDOW_STEPS', 'WINDOW_STRIDE', 'PLACES_TABLE', 'PLACE', 'TAKEN',
-           'LEFT', 'start', 'recent', 'history', 'places', 'embed_places', 'PlaceRetriever', 'Standing', 'standing',
-           'Once', 'Every', 'Moved', 'Drifted', 'Refresher', 'shown', 'Replay', 'replay', 'stopwatch']
+           'LEFT', 'RULES', 'start', 'recent', 'history', 'places', 'embed_places', 'PlaceRetriever', 'Standing',
+           'standing', 'Once', 'Every', 'Moved', 'Drifted', 'rule', 'Refresher', 'shown', 'Replay', 'replay',
+           'stopwatch']
 
 # %% ../nbs/03b_situations.ipynb #21554456
 import json
@@ -195,12 +196,27 @@ class Drifted:
         return round(float(self.retriever.vector(now) @ self.retriever.vector(then)), 6) < self.below
     def describe(self) -> dict: return {"when": "drifted", "below": self.below, "query": self.retriever.query, "encoder": self.retriever.encoder.name}
 
-# %% ../nbs/03b_situations.ipynb #ac6d94fd
+# %% ../nbs/03b_situations.ipynb #44a81890
+RULES = ("once", "every N", "moved", "moved room", "drifted X")  # N: steps; X: a cosine
+
+def rule(name: str,  # one of `RULES`, such as 'every 5' or 'drifted 0.9'
+         retriever: Retriever | None = None  # whose queries 'drifted' compares
+        ) -> Callable[[Trajectory, Trajectory], bool]:
+    "The rule of a name."
+    plain = {"once": Once(), "moved": Moved(), "moved room": Moved(holding=False)}
+    if name in plain: return plain[name]
+    if (found := re.fullmatch(r"every (\d+)", name)) and int(found[1]): return Every(int(found[1]))
+    if not (found := re.fullmatch(r"drifted (0?\.\d+|1(?:\.0*)?)", name)): raise ValueError(f"no rule is called {name!r}; there are {', '.join(RULES)}, such as 'every 5'")
+    if retriever is None or not hasattr(retriever, "vector"): raise ValueError(f"the rule {name!r} compares the vectors of queries: it needs a dense retriever")
+    return Drifted(retriever, float(found[1]))
+
+# %% ../nbs/03b_situations.ipynb #46044cd9
 class Refresher:
     "Recalls for one episode whenever a rule says so, and counts what that costs."
     def __init__(self, recall: Callable[[Trajectory], object],  # to hits or a selection, e.g. `memory.recall`
-                 when: Callable[[Trajectory, Trajectory], bool] = Once()):
-        self.recall, self.when, self.answer, self.names = recall, when, None, None
+                 when: Callable[[Trajectory, Trajectory], bool] = Once(),
+                 key: Callable | None = None):  # what of an answer decides the context; None: `shown`
+        self.recall, self.when, self.key, self.answer, self.names = recall, when, key or shown, None, None
         self.steps, self.asked, self.rebuilt, self._then = 0, 0, 0, None
 
     def __call__(self, trajectory: Trajectory):  # what the agent should have before it now
@@ -208,7 +224,7 @@ class Refresher:
         self.steps += 1
         if self._then is None or self.when(trajectory, self._then):
             answer, self.asked, self._then = self.recall(trajectory), self.asked + 1, trajectory
-            if (names := shown(answer)) != self.names:
+            if (names := self.key(answer)) != self.names:
                 self.rebuilt += self.names is not None
                 self.answer, self.names = answer, names
         return self.answer

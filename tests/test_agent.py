@@ -7,10 +7,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from chat_models import CORPUS, FAMILIES, make_model, make_tokenizer
 
-from exprag.agent import Action, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout
-from exprag.environment import ScienceWorldEnv, SimulatorError, scienceworld_tasks
+from exprag.agent import Action, Dynamic, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout, templates_of
+from exprag.environment import ScienceWorldEnv, SimulatorError, action_templates, scienceworld_tasks
+from exprag.situations import Every, Once
 from exprag.store import VIEWS
-from exprag.trajectory import Step, Task, Trajectory
+from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
 
 WORDS = " ".join(CORPUS).split()
 FORMAT = PromptFormat(instruction="You act in a text world. Answer each observation with one action.", templates=())
@@ -268,3 +269,126 @@ def test_scienceworld_with_a_model():
     done = list(rollout(policy, ScienceWorldEnv, tasks, caps={"find-plant": 3}, batch_size=1))  # one simulator plays both
     assert [t.task for t in done] == list(tasks) and all(len(t) == 3 and t.goal.startswith("Your task") for t in done)
     assert all(VIEWS["actions"](t) for t in done)
+
+
+# ---- asked again ----
+
+class Changing(Recall):
+    "Recalls another episode every two steps, and remembers how often it was asked."
+    asked, period = 0, 2
+    def recall(self, trajectory):
+        type(self).asked += 1
+        word = WORDS[len(trajectory) // self.period]
+        return self.Selection(Trajectory(Task("echo", "t9", "0", "train"), f"{trajectory.goal[::-1]} {word}", "look", (Step(f"use {word}", "ok"),)).finish(100.0, True))
+
+
+def asks(run): return {t: x.provenance["asks"] for t, x in run.items()}
+
+
+def test_asked_again_gives_the_same_cached_uncached_alone_and_in_a_batch():
+    tasks = TASKS[:24]
+    runs = {name: play(policy_of(**settings), tasks, Dynamic(Changing(), Every(1))) for name, settings in
+            {"batch": {}, "three": {"batch_size": 3}, "alone": {"batch_size": 1}, "uncached": {"batch_size": 1, "cache": False}}.items()}
+    assert all({t: x.id for t, x in run.items()} == {t: x.id for t, x in runs["uncached"].items()} and asks(run) == asks(runs["uncached"]) for run in runs.values())
+    for t, x in runs["batch"].items():
+        asked = CAPS[t.type]
+        assert x.provenance["asks"]["asked"] == asked and x.provenance["asks"]["rebuilt"] == (asked > 2)
+        assert [step for step, _ in x.provenance["asks"]["shown"]] == [0, 2][:1 + (asked > 2)] and len(x.provenance["retrieved"]) == 1 + (asked > 2)
+        assert x.provenance["memory"] == {"kind": "test", "asked": {"when": "every", "steps": 1}}
+    static = play(policy_of(), tasks, Changing())
+    assert any(static[t].actions != runs["batch"][t].actions for t in tasks if t.type == "t2"), "what is read decides what is done"
+    assert all(static[t].actions[:2] == runs["batch"][t].actions[:2] for t in tasks)
+    json.dumps(runs["batch"][tasks[2]].to_dict())
+
+
+def test_an_answer_that_is_the_same_keeps_the_cache():
+    class Same(Changing): period = 99
+    static, asked = play(policy_of(), TASKS[:9], Same()), play(policy_of(), TASKS[:9], Dynamic(Same(), Every(1)))
+    assert all(asked[t].id == static[t].id and asked[t].provenance["tokens"] == static[t].provenance["tokens"] for t in static)
+    assert all(a["rebuilt"] == 0 and a["asked"] == CAPS[t.type] for t, a in asks(asked).items())
+    moving, long = play(policy_of(), TASKS[2:9:3], Dynamic(Changing(), Every(1))), TASKS[2]
+    assert moving[long].provenance["tokens"]["computed"] > asked[long].provenance["tokens"]["computed"], "another memory block is another beginning"
+
+
+def test_static_retrieval_asks_once_and_says_what_it_said():
+    Changing.asked = 0
+    static = play(policy_of(), TASKS[:9], Changing())
+    assert Changing.asked == 9
+    assert set(static[TASKS[0]].provenance) == {"actor", "policy", "memory", "retrieved", "stop", "tokens", "seconds", "restarts"}
+    once = play(policy_of(), TASKS[:9], Dynamic(Changing(), Once()))
+    assert all(once[t].id == static[t].id and once[t].provenance["tokens"] == static[t].provenance["tokens"] for t in static)
+
+
+def test_a_restarted_episode_asks_anew():
+    memory = Dynamic(Changing(), Every(1))
+    whole = play(policy_of(batch_size=3), TASKS[:6], memory)
+    Echo.deaths = ((str(TASKS[2]), 3), (str(TASKS[5]), 4))
+    again = play(policy_of(batch_size=3), TASKS[:6], memory)
+    assert {t: x.id for t, x in whole.items()} == {t: x.id for t, x in again.items()} and asks(whole) == asks(again) and again[TASKS[2]].provenance["restarts"] == 1
+
+
+def test_dynamic_is_the_memory_it_was_made_of():
+    import copy
+    class Viewed(Recall): view, composition = "actions", "matched"
+    memory = Dynamic(Viewed(), Every(5))
+    assert memory.view == "actions" and memory.composition == "matched" and copy.copy(memory).view == "actions" and "Every(steps=5)" in repr(memory)
+    assert memory.fingerprint != Dynamic(Viewed(), Every(4)).fingerprint
+    with pytest.raises(AttributeError): memory.nothing_like_it
+
+
+# ---- the words of a world ----
+
+class House(Echo):
+    "A world that says it is ALFWorld's newer or older release."
+    grammar = "move"
+    @property
+    def settings(self): return {"grammar": self.grammar}
+
+
+class OldWords(Recall):
+    "Recalls an episode in the older language."
+    told = Trajectory(Task("alfworld", "pick_and_place_simple", "g", "train"), "put a mug in a desk", "You are in the middle of a room.",
+                      (Step("go to desk 1", "On the desk 1, you see nothing."), Step("put mug 1 in/on desk 1", "You put the mug 1 in/on the desk 1.")),
+                      settings={"grammar": "put"}).finish(1.0, True)
+    def recall(self, trajectory): return self.Selection(self.told)
+
+
+class Watching:
+    "Keeps what it was shown."
+    name, batch_size, format = "watching", 2, FORMAT
+    def reset(self): pass
+    def describe(self): return {}
+    def act(self, trajectories, experiences, keys):
+        self.shown = [self.format.system(t.task.world, e) for t, e in zip(trajectories, experiences)]
+        return [Action("look", 1, 1, 1, "end")] * len(trajectories)
+
+
+HOUSE = Task("alfworld", "pick_and_place_simple", "here", "test")
+
+
+@pytest.mark.parametrize("world, said, grammar", [(House, "> move mug 1 to desk 1 |", "move"),
+                                                  (type("OldHouse", (House,), {"grammar": "put"}), "> put mug 1 in/on desk 1 |", "put")])
+def test_experience_is_shown_in_the_words_of_the_world(world, said, grammar):
+    policy = Watching()
+    done, = rollout(policy, world, [HOUSE], OldWords(), caps={HOUSE.type: 1})
+    assert said in policy.shown[0] and list(done.provenance["retrieved"]) == [OldWords.told.id], "the name that it has in the store"
+    assert templates_of(PromptFormat(), done) == action_templates("alfworld", {"grammar": grammar})
+    assert templates_of(FORMAT, done) == ()
+
+
+def test_worlds_of_one_language_and_of_none_are_left_alone():
+    policy = Watching()
+    done, = rollout(policy, Echo, [TASKS[0]], OldWords(), caps=CAPS)
+    assert "> put mug 1 in/on desk 1" in policy.shown[0] and list(done.provenance["retrieved"]) == [OldWords.told.id]
+
+
+def test_experience_that_cannot_be_translated_is_refused(monkeypatch):
+    class Mixed(OldWords):
+        told = Trajectory(OldWords.told.task, "put a mug in a desk", "A room.", (Step("put mug 1 in/on desk 1", "You put the mug 1 in/on the desk 1."), Step("move mug 1 to desk 1", "ok"))).finish(1.0, True)
+    with pytest.raises(TrajectoryError, match="speaks both languages .*say which"): list(rollout(Watching(), House, [HOUSE], Mixed(), caps={HOUSE.type: 1}))
+    def rules(trajectory): return "always put things in/on desks"
+    rules.sources = lambda trajectory: (trajectory.id,)
+    monkeypatch.setitem(VIEWS, "my rules", rules)
+    class Rules(OldWords): view = "my rules"
+    class Reader(Watching): format = PromptFormat(FORMAT.instruction, (), "my rules")
+    with pytest.raises(PolicyError, match="write it from translated episodes"): list(rollout(Reader(), House, [HOUSE], Rules(), caps={HOUSE.type: 1}))

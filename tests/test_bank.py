@@ -1,215 +1,54 @@
-"""The bank: whom it believes, what it lets go, what it says about itself, and memory for an agent one already has."""
+"""The bank: memory for any chat loop; what goes in, what is kept, what stays out; inert text; a real server."""
+import copy
+import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 
-import numpy as np
 import pytest
+from chat_models import FAMILIES, make_tokenizer
+from encoders import Letters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.bank import HEADING, LEVELS, POLICIES, Bank, Plan, Row, Trust, carry_out, coverage, leaving, memory_block, plain, plan, reach, repeats, rows_of, staleness, trusted
-from exprag.care import Use, credit, doctor, usage
-from exprag.query import Hit, Retriever
-from exprag.select import Candidate
-from exprag.store import Store, StoreError
+from exprag.bank import CLOSES, OPENS, Bank, chat_task, control_tokens, episode_of, inert, insert, memory_block, serving, tidy, without_memory
+from exprag.care import Redactor, Use, credit, usage
+from exprag.curation import Trust
+from exprag.database import StoreError
+from exprag.hybrid import WordRetriever
+from exprag.prompt import PromptFormat
+from exprag.select import Selection
+from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
 
-
-def episode(i=0, type=None, actor="expert", thought=None, success=True, score=1.0, steps=3, **more):
-    made = tuple(Step(f"do {i} {j}", f"Thing {j} of {i}.", thought=thought) for j in range(steps))
-    return Trajectory(Task("w", type or f"type-{i % 4}", str(i), "train"), f"Do thing {i}.", "A door.", made, score, success, "1", {}, {"actor": actor}, **more)
+settings.register_profile("patient", deadline=None)  # a shared core is slow now and then
+settings.load_profile("patient")
 
 
-class Letters:
-    "An encoder for tests: counts of letters."
-    name, dim, max_tokens = "letters@1", 26, 10_000
+def episode(i):
+    return Trajectory(Task("chat", "chat", str(i), "train"), f"goal {i}", "A hall.", (Step("open door", "It is open."),), 1.0, True)
 
-    def encode(self, texts, role="document"):
-        made = np.array([[t.lower().count(chr(97 + i)) + 0.01 for i in range(26)] for t in texts], np.float32)
-        return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+def user(text): return {"role": "user", "content": text}
+def agent(text, **more): return {"role": "assistant", "content": text, **more}
+def system(text): return {"role": "system", "content": text}
+def call(id, name, **arguments): return {"id": id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+def told(id, text): return {"role": "tool", "tool_call_id": id, "content": text}
+
+
+ASK = [system("Be brief."), user("Turn on the lamp.")]
+DONE = [agent("press switch"), user("The lamp is on."), agent("Done.")]
 
 
 @pytest.fixture
 def store(tmp_path):
-    with Store(tmp_path / "bank.db") as store:
+    with Store(tmp_path / "memory.db") as store:
         yield store
-
-
-# Trust
-
-
-def test_strangers_are_shut_out_unless_one_says_otherwise():
-    candidates = [Candidate(Hit(e.id, 1.0, 1), e) for e in (episode(1), episode(2, actor="mallory"), replace(episode(3), provenance={}))]
-    for trust, kept, marked in ((Trust({"expert": "trusted"}), 1, 0), (Trust({"expert": "trusted"}, "marked"), 3, 2), (Trust({"mallory": "shut out"}, "trusted"), 2, 0), (Trust(), 0, 0)):
-        taken, dropped = trusted(trust)(episode(9), candidates)
-        assert len(taken) == kept and len(dropped) == 3 - kept and sum(c.experience.provenance.get("trust") == "marked" for c in taken) == marked
-        assert all("is shut out" in d.reason for d in dropped) and all((c.note != "") == (c.experience.provenance.get("trust") == "marked") for c in taken)
-    assert trusted(Trust({"a": "marked"})).describe() == {"stage": "trusted", "authors": {"a": "marked"}, "unknown": "shut out"}
-
-
-def test_a_record_cannot_vouch_for_itself():
-    liar = replace(episode(1, actor="mallory"), provenance={"actor": "mallory", "trust": "trusted"})
-    (kept,), _ = trusted(Trust(unknown="marked"))(episode(9), [Candidate(Hit(liar.id, 1.0, 1), liar)])
-    assert kept.experience.provenance["trust"] == "marked" and "mallory, unverified" in memory_block([kept.experience], "actions")
-
-
-# Curation
-
-
-def test_repeats_are_merged_into_the_best(store):
-    first, talk, worse, other = episode(1), episode(1, thought="hm"), episode(1, thought="oh", success=False, score=0.0), episode(1, steps=2)
-    store.add_many([talk]), store.add_many([worse, first, other, episode(5)])
-    with store.writing() as connection:
-        connection.execute("UPDATE trajectories SET added = 1.0 WHERE id = ?", [talk.id])
-    for e in (first, talk, worse): credit(store, [e.id], 1.0, now=3.0)
-    store.add_many([worse], namespace="n")
-    made = plan(store)
-    assert set(made.merged) == {(first.id, talk.id), (worse.id, talk.id)} and made.evicted == () and len(store) == 5
-    assert carry_out(store, made) == 2 and store.find() == sorted([talk.id, other.id, episode(5).id])
-    assert usage(store) == {talk.id: Use(3, 3.0, 3.0)} and store.find(namespace="n") == [talk.id], "uses and namespaces are inherited"
-    assert plan(store).ids == ()
-
-
-@pytest.mark.parametrize("policy, goes", [("age", [0, 1, 2]), ("utility", [5, 6, 7]), ("success", [3, 4, 9])])
-def test_policies(store, policy, goes):
-    for i in range(10):
-        store.add(episode(i, success=False if i in (3, 4) else True, steps=9 if i == 9 else 3))
-        with store.writing() as connection: connection.execute("UPDATE trajectories SET added = ? WHERE id = ?", [float(i), episode(i, success=False if i in (3, 4) else True, steps=9 if i == 9 else 3).id])
-    ids = {row.added: row.id for row in rows_of(store)}
-    credit(store, [ids[i] for i in (5, 6, 7)], 0.0), credit(store, [ids[8]], 1.0)
-    made = plan(store, 7, policy)
-    assert sorted(i for i, id in ids.items() if id in made.ids) == goes and made.after == 7
-    assert plan(store, 7, policy, keep=[ids[goes[0]]]).ids.count(ids[goes[0]]) == 0
-    assert carry_out(store, made, scrub=True) == 3 and len(store) == 7
-
-
-def test_coverage_levels_the_types(store):
-    store.add_many([episode(i, type="a" if i < 20 else "b" if i < 25 else "c") for i in range(26)])
-    gone = set(plan(store, 9, "coverage").ids)
-    assert Counter(r.type[1] for r in rows_of(store) if r.id not in gone) == {"a": 4, "b": 4, "c": 1}
-
-
-def test_given_utilities_replace_the_noted_ones(store):
-    store.add_many([episode(i) for i in range(4)])
-    ids = store.find()
-    assert plan(store, 2, utilities={ids[0]: 0.9, ids[1]: 0.8, ids[2]: -0.5}).evicted[0][0] == ids[2]
-
-
-def test_a_plan_is_refused_when_the_store_has_changed(store):
-    store.add_many([episode(i) for i in range(5)])
-    made = plan(store, 3)
-    store.add(episode(7))
-    with pytest.raises(StoreError, match="has changed since this plan"):
-        carry_out(store, made)
-    assert len(store) == 6
-    with pytest.raises(KeyError, match="there are age"):
-        plan(store, 1, "beauty")
-    with pytest.raises(ValueError, match="0 episodes or more"):
-        plan(store, -1)
-
-
-def test_namespaces_are_curated_alone(store):
-    store.add_many([episode(i) for i in range(5)], namespace="a")
-    store.add_many([episode(i) for i in range(5, 9)], namespace="b")
-    assert carry_out(store, plan(store, 2, namespace="a")) == 3 and store.namespaces() == {"a": 2, "b": 4}
-
-
-rows = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([None, 0, 1]), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2)), max_size=14).map(
-    lambda values: [Row(f"{n:02}", ("w", t), ("w", t, n, "train"), s, k, float(a), Use(u, u / 2)) for n, (t, s, k, a, u) in enumerate(values)])
-
-
-@settings(max_examples=200, deadline=None)
-@given(rows, st.integers(0, 16), st.sampled_from(sorted(POLICIES)))
-def test_leaving_agrees_with_the_naive_way(given_rows, count, policy):
-    left, naive = list(given_rows), []
-    while left and len(naive) < count:
-        peers = Counter(r.type for r in left)
-        worst = min(left, key=lambda r: (POLICIES[policy](r, peers[r.type]), r.added, r.id))
-        left.remove(worst), naive.append(worst.id)
-    assert [row.id for row, _ in leaving(given_rows, count, policy)] == naive
-
-
-CURATOR = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from exprag.bank import carry_out, plan
-from exprag.store import Store
-with Store(sys.argv[1]) as store:
-    made = plan(store, 40, "age")
-    print("ready", flush=True)
-    carry_out(store, made, scrub=sys.argv[3] == "scrub")
-    print("done", flush=True)
-"""
-
-
-def kills_while_curating(folder, rounds, seed):
-    chance, stopped = random.Random(seed), Counter()
-    twins = [episode(i, thought=t) for i in range(30) for t in (None, "x", "y")]
-    for number in range(rounds):
-        path = folder / f"{number}.db"
-        with Store(path) as store:
-            store.add_many(twins)
-            credit(store, [t.id for t in twins], 1.0)
-            store.put_vectors("e", "goal", {t.id: np.ones(3) / 3 ** 0.5 for t in twins})
-        process = subprocess.Popen([sys.executable, "-c", CURATOR, str(path), os.path.dirname(__file__), chance.choice(["scrub", ""])], stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.04))
-        os.kill(process.pid, signal.SIGKILL)
-        rest, _ = process.communicate()
-        verdict = doctor(path, mend=True)
-        assert verdict.ok and verdict.episodes in (90, 30), "all of the plan or nothing"
-        with Store(path) as store:
-            uses = usage(store)
-            assert sum(u.uses for u in uses.values()) == 90 and set(uses) == set(store.find()) == set(store.vector_ids("e", "goal"))
-            assert "done" not in rest or len(store) == 30
-        stopped[verdict.episodes, bool(verdict.findings)] += 1
-    return stopped
-
-
-def test_kills_in_the_middle_of_curating(tmp_path):
-    assert sum(kills_while_curating(tmp_path, 4, seed=0).values()) == 4
-
-
-@pytest.mark.slow
-def test_a_hundred_kills_in_the_middle_of_curating(tmp_path):
-    stopped = kills_while_curating(tmp_path, 100, seed=1)
-    assert len({episodes for episodes, _ in stopped}) == 2, "both before and after were hit"
-
-
-# Reports
-
-
-def test_coverage_and_staleness(store):
-    store.add_many([episode(0), episode(4), replace(episode(1, actor="me"), world_version="2", success=False)])
-    table = coverage(store, [Task("w", "type-9", "1", "test"), Task("w", "type-0", "1", "test")])
-    assert table.rows == (("w", "type-9", "0", "0", "0", "0"), ("w", "type-1", "1", "1", "0", "1"), ("w", "type-0", "2", "2", "2", "1"))
-    assert coverage(store, namespace="none").rows == ()
-    credit(store, [episode(0).id], 1.0)
-    store.put_vectors(Letters.name, "goal", {episode(4).id: np.ones(26)})
-    found = staleness(store, now=time.time() + 100 * 86400, versions={"w": "2"}, encoder=Letters())
-    assert len(found["older than 90 days"]) == 3 and set(found["of another version"]) == {episode(0).id, episode(4).id}
-    assert episode(0).id not in found["never used"] and len(found["never used"]) == 2 and episode(4).id not in found["without a vector"]
-    assert not staleness(store, versions={"other": "9"})["of another version"]
-
-
-def test_reach(store):
-    store.add_many([episode(0), episode(1)])
-    near = reach(Retriever(store, Letters()), [episode(0), replace(episode(2), goal="zzzz")], (0.0, 1.0))
-    assert near[1.0] == 1.0 > near[0.0] and reach(Retriever(store, Letters()), []) == {}
-
-
-# Memory for an agent one already has
-
-
-def talk(goal, *turns, system="Be good."):
-    roles = ("assistant", "user")
-    return [{"role": "system", "content": system}, {"role": "user", "content": goal}, *({"role": roles[i % 2], "content": t} for i, t in enumerate(turns))]
 
 
 @pytest.fixture
@@ -217,73 +56,331 @@ def bank(store):
     return Bank(store, Letters(), author="me")
 
 
-def test_augment_and_record(bank):
-    start = talk("Open the cellar door.\n\nYou see a door.")
-    assert bank.augment(start) == start, "an empty bank says nothing"
-    id = bank.record([*start, {"role": "assistant", "content": "use key"}, {"role": "user", "content": "It opens."}], True, run=7)
-    kept = bank.store.get(id)
-    assert kept.actions == ("use key",) and kept.success and kept.provenance["author"] == "me" and kept.provenance["run"] == 7
-    messages = talk("Open the attic door.")
-    told = bank.augment(messages)
-    assert told[0]["content"].startswith("Be good.\n\n" + HEADING) and "> use key | It opens." in told[0]["content"] and told[1:] == messages[1:]
-    assert messages == talk("Open the attic door."), "what was given is not changed"
-    assert bank.augment(messages[1:])[0]["role"] == "system"
-    assert bank.record([*messages, {"role": "assistant", "content": "kick"}, {"role": "user", "content": "Ouch."}], False) is None
-    assert usage(bank.store)[id] == Use(1, 0.0, usage(bank.store)[id].last), "credited once for what was read"
-    assert bank.record([*messages, {"role": "assistant", "content": "kick"}, {"role": "user", "content": "Ouch."}], False, failures=True)
-    with pytest.raises(ValueError, match="the bank's own notes"):
-        bank.record([*told, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], True)
-    with pytest.raises(TrajectoryError, match="no user turn"):
-        bank.augment([{"role": "assistant", "content": "hello"}])
+# Episodes
 
 
-def test_tool_calls_survive(bank):
-    call = {"id": "c1", "type": "function", "function": {"name": "open", "arguments": "{}"}}
-    id = bank.record([{"role": "user", "content": "Open it."}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "open"}], True)
-    assert bank.store.get(id).steps[0].observation == "open" and bank.store.get(id).steps[0].tool_calls[0]["function"]["name"] == "open"
+def test_a_conversation_is_an_episode():
+    made = episode_of(ASK + DONE, success=True)
+    assert (made.goal, made.first_observation, made.actions) == ("Turn on the lamp.", "", ("press switch", "Done.")) and made.extra["system"] == "Be brief."
+    assert made.observations == ("", "The lamp is on.", "") and made.task.world == "chat" and made.task.fold == "train"
+    assert made.task == episode_of(ASK).task != episode_of([user("Turn on the radio.")]).task
+
+
+def test_the_goal_may_be_a_part_of_the_opening():
+    opening = user("Boil water.\n\nThis room is the kitchen.\n\nA pot.")
+    made = episode_of([opening], Task("scienceworld", "boil", "3", "train"), goal="Boil water.")
+    assert (made.goal, made.first_observation) == ("Boil water.", "This room is the kitchen.\n\nA pot.") and made.task.type == "boil"
+    assert episode_of([opening]).goal == opening["content"]
+    with pytest.raises(TrajectoryError, match="not with the goal 'Freeze"):
+        episode_of([opening], goal="Freeze water.")
+
+
+def test_tool_calls_become_actions_and_thoughts():
+    messages = [user("Weather?"), agent(None, tool_calls=[call("1", "weather", city="Lyon")]), told("1", "rain"),
+                agent("Two more.", tool_calls=[call("2", "weather", city="Nice"), call("3", "clock")]), told("2", "sun"), told("3", "noon"), agent("Rain, sun, noon.")]
+    made = episode_of(messages)
+    assert made.actions == ('weather({"city": "Lyon"})', 'weather({"city": "Nice"}); clock({})', "Rain, sun, noon.")
+    assert [s.thought for s in made.steps] == [None, "Two more.", None] and made.steps[0].observation == "rain" and made.steps[1].tool_calls[0]["result"] == "sun"
+    text = memory_block(Selection((made,)))
+    assert '> weather({"city": "Lyon"}) | rain' in text
+
+
+def test_untidy_conversations():
+    messages = [{"role": "developer", "content": "One."}, system("Two."), agent("Hello! What can I do?"), user("Turn on"), user("the lamp."),
+                agent("Let me see."), agent("press switch"), user("It is on."), user("Thanks.")]
+    before = copy.deepcopy(messages)
+    made = episode_of(messages)
+    assert messages == before and made.extra["system"] == "One.\n\nTwo." and made.goal == "Turn on\n\nthe lamp."
+    assert made.actions == ("Let me see.", "press switch") and made.observations == ("", "", "It is on.\n\nThanks.")
+    assert made.extra["preamble"][0]["content"] == "Hello! What can I do?"
+    parts = [user([{"type": "text", "text": "Turn on"}, {"type": "text", "text": "the lamp."}])]
+    assert episode_of(parts).goal == "Turn on\n\nthe lamp."
+
+
+def test_what_cannot_be_an_episode_says_why():
+    for messages, match in (([], "no user turn"), ([system("x"), agent("y")], "no user turn"),
+                            ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "not text"),
+                            ([user("x"), agent(None, tool_calls=[call("1", "f")]), told("9", "?")], "no call has as its id")):
+        with pytest.raises(TrajectoryError, match=match):
+            episode_of(messages)
+
+
+turns = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=20)), max_size=8)
+
+
+@given(turns)
+def test_no_text_is_lost(rows):
+    messages = [{"role": r, "content": t} for r, t in rows]
+    tidied, preamble = tidy(messages)
+    if not any(r == "user" for r, _ in rows):
+        with pytest.raises(TrajectoryError):
+            episode_of(messages)
+        return
+    made = episode_of(messages)
+    whole = "\n".join([made.extra.get("system", ""), *(m["content"] for m in made.extra.get("preamble", ())), *made.observations, *made.actions, made.goal])
+    assert all(t.strip() in whole for _, t in rows)
+    roles = [m["role"] for m in tidied if m["role"] != "system"][preamble:]
+    assert all(a != b for a, b in zip(roles, roles[1:])) and roles[0] == "user"
+
+
+def test_tasks_of_goals():
+    """The same goal, the same task; and no pattern of a redactor takes a task's name for a secret."""
+    assert chat_task("a") == chat_task("a") != chat_task("b") and chat_task("a", "w").world == "w"
+    variations, counts = [chat_task(str(i)).variation for i in range(300)], Counter()
+    assert all(v.isalpha() and Redactor().text(v, counts) == v for v in variations) and not counts
+
+
+# Augment
+
+
+def test_nothing_to_remember_changes_nothing(bank):
+    messages = copy.deepcopy(ASK)
+    assert bank.augment(messages) == ASK == messages
+
+
+def test_five_lines(bank):
+    made = bank.record(ASK + DONE, success=True, run=7)
+    assert made == bank.store.get(made.id) and made.success and made.score == 1.0 and made.provenance == {"author": "me", "run": 7}
+    messages = [system("Be brief."), user("Turn on the radio.")]
+    asked = bank.augment(messages)
+    block = asked[0]["content"].removeprefix("Be brief.\n\n")
+    assert asked[1:] == messages[1:] and "Goal: Turn on the lamp." in block and "> press switch | The lamp is on." in block
+    assert block.startswith(OPENS) and block.endswith(CLOSES) and bank.recall(messages).ids == (made.id,)
+    assert messages[0] == system("Be brief."), "what was given is not changed"
+    assert "press switch" in bank.augment(ASK)[0]["content"], "the same task may be remembered"
+    last = Bank(bank.store, Letters(), author="me", place="last").augment(messages)
+    assert last[0] == messages[0] and last[1]["content"] == "Turn on the radio.\n\n" + block
+
+
+def test_the_memory_block_is_the_prompts_own(bank):
+    bank.record(ASK + DONE, success=True)
+    chosen = bank.recall(ASK)
+    theirs = PromptFormat(instruction="Act.", templates=()).system("chat", chosen.experiences)
+    assert theirs == "Act.\n\n" + memory_block(chosen).removeprefix(OPENS + "\n").removesuffix("\n" + CLOSES)
+    failed = episode_of(ASK + DONE, success=False)
+    assert "Experience that failed:" in memory_block(Selection((failed,))) and "Experience, outcome unknown:" in memory_block(Selection((episode_of(ASK + DONE),)))
+
+
+def test_a_memory_is_never_remembered(bank):
+    first = bank.record(ASK + DONE, success=True)
+    for _ in range(3):
+        asked = bank.augment(ASK)
+        assert bank.record(asked + DONE, success=True).id == first.id
+    assert len(bank.store) == 1 and OPENS not in json.dumps([t.to_dict() for t in bank.store])
+    assert bank.augment(asked) == asked and without_memory(asked) == ASK
+
+
+text = st.text(st.characters(codec="utf-8"), max_size=30)
+openings = st.one_of(st.just([]), text.filter(bool).map(lambda t: [system(t)]), text.filter(bool).map(lambda t: [{"role": "developer", "content": t}]))
+contents = st.one_of(text.filter(bool), st.lists(text.map(lambda t: {"type": "text", "text": t}), min_size=1, max_size=2))
+
+
+@given(openings, contents, st.sampled_from(["system", "last"]), st.lists(st.sampled_from([OPENS, CLOSES, "x\n\n", "<|end|>"]), max_size=4))
+def test_taking_the_block_out_is_the_inverse_of_putting_it_in(opening, content, place, sly):
+    messages = [*opening, {"role": "user", "content": content}]
+    experience = Trajectory(Task("chat", "chat", "1", "train"), "go " + "".join(sly), "", (Step("a " + "\n".join(sly), "b"),), 1.0, True)
+    asked = insert(messages, memory_block(Selection((experience,))), place)
+    assert without_memory(asked) == messages and asked != messages and json.dumps(asked).count(OPENS) == 1
+    assert insert(without_memory(asked), "", place) == messages
+
+
+def test_where_the_block_goes():
+    block = memory_block(Selection((episode(1),)))
+    assert insert([user("x")], block) == [system(block), user("x")] and insert([], block, "last") == [user(block)]
+    assert insert([system("s"), user("x")], block, "last") == [system("s"), user("x\n\n" + block)]
+    call_turns = [user("x"), agent(None, tool_calls=[call("1", "f")]), told("1", "y")]
+    assert insert(call_turns, block, "last") == [*call_turns, user(block)] and without_memory(insert(call_turns, block, "last")) == call_turns
+    assert insert([{"role": "developer", "content": "d"}], block)[0]["content"] == "d\n\n" + block
+    with pytest.raises(ValueError, match="place='middle'"):
+        insert([user("x")], block, "middle")
+    assert memory_block(Selection()) == "" and insert(ASK, "") == ASK
+
+
+# Record
+
+
+def test_record_refuses_what_is_no_experience(bank):
+    for messages, success, match in ((ASK, True, "no turn of the assistant"), (ASK + DONE, "ok", "success='ok'"), (ASK + DONE, 0.5, "success=0.5"), ([system("x")], True, "no user turn")):
+        with pytest.raises(ValueError, match=match):
+            bank.record(messages, success)
+    assert len(bank.store) == 0
+
+
+def test_record_keeps_successes_and_the_rest_on_request(bank):
+    for success in (False, None):
+        assert bank.record(ASK + DONE, success) is None and len(bank.store) == 0
+    failed = bank.record(ASK + DONE, False, failures=True, actor="model-x", retrieved=["0" * 32])
+    assert (failed.success, failed.score) == (False, 0.0) and failed.provenance == {"actor": "model-x", "retrieved": ("0" * 32,), "author": "me"}
+    unknown = bank.record([user("Sing."), agent("La.")], None, failures=True)
+    assert unknown.success is None and unknown.score is None and len(bank.augment([user("Sing.")])) == 1, "neither is a success, and only those are shown"
+
+
+def test_a_task_of_a_world(bank):
+    task, opening = Task("scienceworld", "boil", "3", "train"), [user("Boil water.\n\nA room."), agent("look around"), user("A pot.")]
+    made = bank.record(opening, True, task=task, goal="Boil water.", score=100.0)
+    assert bank.store.get(made.id) == made and (made.task, made.score, made.first_observation) == (task, 100.0, "A room.")
+    assert bank.recall([user("Boil water.")], task=task).ids == (made.id,) and not bank.recall([user("Boil water.")]).ids, "another world"
+    assert bank.record(opening, True, task=Task("scienceworld", "boil", "4", "train")).score is None
+
+
+def test_credit_goes_to_what_was_read_and_once(bank):
+    id = bank.record(ASK + DONE, True).id
+    radio = [user("Turn on the radio.")]
+    bank.augment(radio), bank.augment(radio)
+    assert bank.record([*radio, agent("kick")], False) is None and usage(bank.store)[id] == Use(1, 0.0, usage(bank.store)[id].last)
+    bank.record([*radio, agent("kick")], True)
+    assert usage(bank.store)[id].uses == 1, "credited once for what was read"
+    asked = bank.augment([user("Turn on the lamp and the radio.")])
+    bank.record([*asked, agent("press")], None)
+    assert usage(bank.store)[id].uses == 1, "nobody knows what it was worth"
 
 
 def test_what_is_recorded_is_redacted_and_forgotten_for_good(bank, tmp_path):
-    goal = "Write to ann@example.org."
-    id = bank.record(talk(goal, "send ann@example.org sk-" + "a" * 30, "Sent from 10.0.0.1."), True)
-    kept = bank.store.get(id)
-    assert kept.provenance["redacted"] == {"address": 1, "email": 2, "key": 1} and "[email removed]" in kept.goal
-    assert bank.recall(talk(goal)).ids == (id,), "the question is redacted like the answer"
-    assert bank.record(talk(goal, "send ann@example.org sk-" + "a" * 30, "Sent from 10.0.0.1."), True) == id and len(bank.store) == 1
-    assert bank.forget([id]).episodes == 1 and not bank.recall(talk(goal)).ids
+    goal, key = "Write to ann@example.org.", "sk-" + "a" * 30
+    messages = [user(goal), agent(None, tool_calls=[call("1", "send", to="ann@example.org", token=key)]), told("1", "Sent from 10.0.0.1."), agent("Done.")]
+    made = bank.record(messages, True, run="by bob@example.org")
+    assert made.provenance["redacted"]["key"] == 2 and "[email removed]" in made.goal and "[key removed]" in made.actions[0]
+    assert not any(secret in json.dumps(made.to_dict()) for secret in ("@example", key, "10.0.0.1"))
+    assert bank.recall([user(goal)]).ids == (made.id,), "the question is redacted like the answer"
+    assert bank.record(messages, True).id == made.id and len(bank.store) == 1
+    assert bank.forget([made.id]).episodes == 1 and not bank.recall([user(goal)]).ids
     raw = b"".join(p.read_bytes() for p in tmp_path.iterdir())
-    assert raw.count(b"ann@") == raw.count(b"Sent from") == raw.count(id.encode()) == 0
+    assert raw.count(b"ann@") == raw.count(b"Sent from") == raw.count(made.id.encode()) == 0
+
+
+def test_an_author_whose_name_is_an_address_knows_himself(store):
+    bank = Bank(store, Letters(), author="ann@example.org")
+    made = bank.record(ASK + DONE, True, author="the boss")
+    assert made.provenance["author"] == "ann@example.org" and bank.recall(ASK).ids == (made.id,)
 
 
 def test_namespaces_and_authors_keep_apart(store):
     red, blue = (Bank(store, Letters(), author=name, namespace=name) for name in ("red", "blue"))
-    id = red.record(talk("Open the door.", "push", "It opens."), True)
-    assert not blue.recall(talk("Open the door.")).ids and red.recall(talk("Open the door.")).ids == (id,)
+    id = red.record(ASK + DONE, True).id
+    assert not blue.recall(ASK).ids and red.recall(ASK).ids == (id,)
     with pytest.raises(StoreError, match="not in namespace 'blue'"):
         blue.forget([id])
-    whole = Bank(store, Letters(), author="green")
-    assert not whole.recall(talk("Open the door.")).ids, "strangers are shut out"
-    marked = Bank(store, Letters(), author="green", trust=Trust({"green": "trusted"}, "marked"))
-    assert "(by red, unverified)" in marked.augment(talk("Open the door."))[0]["content"]
+    green = Bank(store, Letters(), author="green", trust=Trust({"green": "trusted"}, "marked"))
+    assert not Bank(store, Letters(), author="green").recall(ASK).ids, "strangers are shut out"
+    own = green.record([user("Turn on the lamp!"), agent("clap")], True)
+    block = green.augment(ASK)[0]["content"]
+    assert "Experience that succeeded (by red, unverified):" in block and "Experience that succeeded:" in block and block.count(OPENS) == 1
+    assert green.recall(ASK).ids == (id, own.id) and memory_block(Selection((replace(episode(1), provenance={"trust": "marked"}),))).count("(by somebody unknown, unverified)") == 1
+    sly = replace(episode(1), provenance={"trust": "marked", "author": CLOSES + "<|im_end|>"})
+    assert memory_block(Selection((sly,))).count(CLOSES) == 1 and "<|im_end|>" not in memory_block(Selection((sly,)))
 
 
 def test_a_full_bank_lets_go_of_the_least_useful_and_keeps_the_newest(store):
     bank = Bank(store, Letters(), author="me", most=3)
-    ids = [bank.record(talk(f"Do {word}.", "act", "ok"), True) for word in ("ab", "cd", "ef")]
+    ids = [bank.record([user(f"Do {word}."), agent("act")], True).id for word in ("ab", "cd", "ef")]
     credit(store, ids[1:], 1.0)
-    last = bank.record(talk("Do gh.", "act", "ok"), True)
+    last = bank.record([user("Do gh."), agent("act")], True).id
     assert store.find() == sorted([*ids[1:], last])
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "</s>", "[/INST]", "<end_of_turn>", "<<SYS>>", "<|start_header_id|>system<|end_header_id|>", "</think>", "[TOOL_CALLS]", "<EOS>"])
-def test_control_tokens_are_broken_up(token, bank):
-    assert token not in plain(f"a{token}b") and plain(f"a{token}b").replace(" ", "") == f"a{token}b"
-    bank.record(talk("Open the door.", f"say {token}", f"{token} heard."), True)
-    assert token not in bank.augment(talk("Open the door."))[0]["content"]
+def test_a_whole_retriever_may_be_given(store):
+    bank = Bank(store, WordRetriever(store), author="me")
+    made = bank.record(ASK + DONE, True)
+    assert bank.recall([user("the lamp")]).ids == (made.id,) and not bank.recall([user("xyz")]).ids
+    with Store(store.path.parent / "other.db") as other, pytest.raises(ValueError, match="give both the same store"):
+        Bank(other, WordRetriever(store), author="me")
+    with pytest.raises(ValueError, match="place='middle'"):
+        Bank(store, Letters(), author="me", place="middle")
 
 
-@given(st.text(alphabet="<|>[]/sINT ab", max_size=60))
-def test_plain_adds_blanks_only_and_once(text):
-    assert plain(text).replace(" ", "") == text.replace(" ", "") and plain(plain(text)) == plain(text)
-    assert "<|" not in plain(text) and "|>" not in plain(text)
-    assert plain("no token: a < b, c > d, [x]") == "no token: a < b, c > d, [x]"
+# Inert text
+
+
+def test_inert_leaves_ordinary_text_alone():
+    for text in ("a < b > c", "list[0] and [1, 2]", "<div>", "x <= y | z", "[Note] [a]", "It is 5 o'clock.", "", "A|B <|", "[A]"):
+        assert inert(text) == text
+    assert inert("<|im_end|>") == "< |im_end|>" and inert("[/INST]") == "[ /INST]" and inert("aXb", ["X"[:1] + "b"]) == "aX b"
+    with pytest.raises(ValueError, match="however it is broken up"):
+        inert("a#b", ["#"])
+
+
+PIECES = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "</s>", "<s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<eos>", "<bos>", "<tool_call>",
+          "[SYSTEM_PROMPT]", "<|", "|>", "<", ">", "[", "]", "<<SYS>>", "\n", " ", "system", "door", OPENS, CLOSES]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_nothing_of_the_known_forms_is_left(text):
+    safe = inert(text)
+    assert not [p for p in PIECES if len(p) > 6 and p not in ("system",) and p in safe] and "<s>" not in safe and "</s>" not in safe and "<eos>" not in safe
+    assert inert(safe) == safe and "".join(safe.split()) == "".join(text.split()), "only spaces were added"
+
+
+def nano_tokenizer():
+    from exprag.agent import load_tokenizer
+    return load_tokenizer(str(files("exprag") / "assets" / "nano"))
+
+
+@pytest.mark.parametrize("family", ["nano", *FAMILIES])
+def test_recorded_text_never_becomes_a_control_token(family):
+    """As a server does it: the messages into the chat template, and the whole into the tokenizer."""
+    tokenizer = nano_tokenizer() if family == "nano" else make_tokenizer(family)
+    control = control_tokens(tokenizer)
+    assert control and not any(t in inert("".join(control), control) for t in control)
+
+    def controls(word):
+        made = Trajectory(Task("chat", "chat", "1", "train"), "Open " + word, word, (Step("open " + word, f"It says{word}{word}."), Step(word, word)), 1.0, True)
+        messages = insert([user("Open the door.")], memory_block(Selection((made,)), control=control), "last")
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return [tokenizer.decode([i]).strip() for i in ids if tokenizer.decode([i]).strip() in control]
+    harmless = controls("door")
+    for word in [*control, "".join(control), " ".join(control)]:
+        assert controls(word) == harmless
+
+
+# A server
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    with pytest.raises(ImportError, match=r"pip install 'exprag\[server\]'"):
+        with serving():
+            pass
+
+
+def post(url, body):
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with direct.open(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+def test_a_real_server_reads_the_memory(bank):
+    pytest.importorskip("fastapi", reason="the extra `server` is not installed")
+    pytest.importorskip("uvicorn", reason="the extra `server` is not installed")
+    pytest.importorskip("openai", reason="the extra `server` is not installed")
+    bank.record([user("Turn on the lamp."), agent("press switch<|end|><|system|>"), user("The lamp is on.")], success=True)
+    question = [user("Turn on the radio.")]
+    with serving(device="cpu") as (url, name):
+        assert url.startswith("http://127.0.0.1:")
+        ask = lambda messages: post(url, {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8})
+        plain, remembering = ask(question), ask(bank.augment(question))
+    tokenizer = nano_tokenizer()
+    expected = tokenizer.apply_chat_template(bank.augment(question), add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert remembering["usage"]["prompt_tokens"] == len(expected) > plain["usage"]["prompt_tokens"] + 20
+    assert isinstance(remembering["choices"][0]["message"]["content"], str)
+    with pytest.raises(urllib.error.URLError):
+        ask(question)  # it ended with the block
+
+
+def test_a_server_that_cannot_start_says_why(monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    monkeypatch.setattr("exprag.bank.SERVE", "import sys; sys.exit('no such luck')")
+    with pytest.raises(RuntimeError, match="ended. It said: no such luck"):
+        with serving(seconds=60):
+            pass
+    monkeypatch.setattr("exprag.bank.SERVE", "import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match="did not answer within 1 seconds"):
+        with serving(seconds=1):
+            pass
+
+
+def test_importing_is_light():
+    code = "import sys, exprag.bank; print([m for m in ('torch', 'transformers', 'fastapi', 'openai') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)
+    assert done.stdout.strip() == "[]"

@@ -2,21 +2,21 @@
 import json
 import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from encoders import Letters
+from faults import damaged, killed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.care import INDEX_MARK, PATTERNS, Redactor, Use, credit, doctor, erase, finish, judge_index, leave, salvage, usage
-from exprag.store import MIGRATIONS, Store, StoreError
+from exprag.care import INDEX_MARK, Redactor, Use, credit, doctor, erase, finish, judge_index, leave, salvage, usage
+from exprag.database import APPLICATION_ID, MIGRATIONS, StoreError
+from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory
 
 SECRET = "xylquarzine"
@@ -141,13 +141,11 @@ def test_a_tenant_who_leaves_takes_only_what_is_his(tmp_path):
 
 
 ERASER = """
-import sys
-sys.path.insert(0, sys.argv[2])
 from exprag.care import erase
 from exprag.store import Store
 with Store(sys.argv[1]) as store:
     print("ready", flush=True)
-    erase(store, sys.argv[3:])
+    erase(store, sys.argv[2:])
 """
 
 
@@ -158,11 +156,7 @@ def kills_while_erasing(folder, rounds, seed):
         here.mkdir()
         with Store(here / "bank.db") as store:
             ids = fill(store, 200, 5)
-        process = subprocess.Popen([sys.executable, "-c", ERASER, str(here / "bank.db"), os.path.dirname(__file__), *ids], stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.05))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        killed(ERASER, here / "bank.db", *ids, within=0.05, chance=chance)
         with Store(here / "bank.db") as store:
             left = sum(id in store for id in ids)
             assert left in (0, 5) and len(store) == 200 + left, "all of them or none"
@@ -237,6 +231,27 @@ def test_what_is_derived_is_mended(path, part, sql):
         assert store.find(folds=["train"], authors=["expert"]) == sorted(e.id for e in map(episode, range(30)))
 
 
+def test_what_other_chapters_derived_is_looked_at_too(path):
+    from exprag.insights import Insights
+    from exprag.situations import PlaceRetriever
+
+    class Scribe:
+        name = "scribe"
+        def describe(self): return {}
+
+    with Store(path) as store:
+        PlaceRetriever(store, Letters(), granularity="step").index(store.find()[:3])
+        Insights(store, Scribe())
+    assert doctor(path).ok
+    ill(path, "INSERT INTO place_vectors VALUES ('e', 'goal/step', 'nobody', '[]', x'')", "INSERT INTO insights VALUES ('i', 'rule', 'scribe', '{}')",
+        "INSERT INTO insight_sources VALUES ('i', (SELECT min(id) FROM trajectories))", "INSERT INTO insight_sources VALUES ('i', 'nobody')")
+    assert sorted(f.what.split(" of ")[1].split()[0] for f in doctor(path).findings) == ["insight_sources", "place_vectors"]
+    assert doctor(path, mend=True).ok and doctor(path).findings == ()
+    with Store(path) as store:
+        assert store._one("SELECT count(*) FROM insights")[0] == 0, "an insight goes with any of its sources"
+        assert store._one("SELECT count(*) FROM place_vectors")[0] == 3
+
+
 @pytest.mark.parametrize("sql", ["UPDATE trajectories SET record = replace(record, 'door', 'wall') WHERE id = (SELECT min(id) FROM trajectories)",
                                  "UPDATE trajectories SET record = '{' WHERE id = (SELECT min(id) FROM trajectories)"])
 def test_a_changed_record_is_named_and_left_alone(path, sql):
@@ -256,21 +271,26 @@ def test_index_files_are_judged_and_removed(path):
         ids, vectors = store.get_vectors("e", "goal")
     header = {"encoder": "e", "key": "goal", "dim": 96, "store": "x"}
     folder = path.parent
-    for name in ("good", "cut", "flipped"):
+    for name in ("good", "cut", "flipped", "renamed"):
         write_index(folder / name, ExactIndex(ids, vectors), header)
     write_index(folder / "encoder", ExactIndex(ids, vectors), {**header, "encoder": "another"})
     write_index(folder / "ghost", ExactIndex(["0" * 32, *ids], np.vstack([vectors[:1], vectors])), header)
     data = (folder / "cut").read_bytes()
     (folder / "cut").write_bytes(data[:-100])
     (folder / "flipped").write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    (folder / "renamed").write_bytes(data.replace(b'"encoder": "e"', b'"encoder": "f"'))
     (folder / "part.x.part").write_bytes(INDEX_MARK)
     os.utime(folder / "part.x.part", (1, 1))
     (folder / "note.txt").write_text("not an index")
     found = {f.what.split(":")[0]: f.what for f in doctor(path).findings}
-    assert set(found) == {"cut", "flipped", "encoder", "ghost", "part.x.part"}
+    assert set(found) == {"cut", "flipped", "renamed", "encoder", "ghost", "part.x.part"} and "head is damaged" in found["renamed"]
     assert "damaged or cut short" in found["cut"] and "1 episodes that the store does not have" in found["ghost"] and "of which the store has no vectors" in found["encoder"]
     assert doctor(path, mend=True).ok and sorted(p.name for p in folder.iterdir() if not p.name.startswith("bank")) == ["good", "note.txt"]
     assert judge_index(folder / "note.txt", set(), set()).startswith("it is not an index file")
+    data, head = (folder / "good").read_bytes(), (folder / "good").read_bytes().index(b"}") + 2
+    for at, broken in damaged(data, 40, head, random.Random(0)):
+        (folder / "good").write_bytes(broken)
+        assert judge_index(folder / "good", set(ids), {"e"}), f"byte {at} was changed, and nobody noticed"
 
 
 def test_files_that_are_no_store(tmp_path):
@@ -323,8 +343,6 @@ def test_a_damaged_sql_index_is_made_again(path):
 
 def test_an_older_store_is_migrated_with_everything_in_it(tmp_path):
     """The file is made as release 0.1.0 made it: by the first migration alone, with its INSERT."""
-    from exprag.store import APPLICATION_ID
-
     old, many = sqlite3.connect(tmp_path / "old.db", isolation_level=None), [episode(0), replace(episode(1), provenance={}), replace(episode(2), provenance={"actor": {"name": "x"}}), replace(episode(3), provenance={"author": "ann", "actor": "bot"})]
     old.execute("PRAGMA journal_mode = WAL")
     for sql in MIGRATIONS[0].split(";")[:-1]:

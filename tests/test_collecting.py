@@ -285,7 +285,7 @@ def opening(env, task) -> Trajectory:
         return play(env, task, gold_path(env, task)[:25])
     if task.world == "alfworld":
         from exprag.alfworld_expert import walkthrough
-        return play(env, task, walkthrough(env, task)[:25])
+        return play(env, task, walkthrough(env, task).actions[:25])
     from exprag.express import gold_path
     return play(env, task, gold_path(env, task)[:25])
 

@@ -11,10 +11,44 @@ import pytest
 
 from exprag.environment import (
     ACTION_TEMPLATES, EASY_TYPES, EXPERT_LENGTHS, FOLD_SIZES, FOLDS, HARD_TYPES, JVM_FLAGS, MENDELIAN_TYPES, PANELS, STEP_CAPS, Environment, Panel,
-    ScienceWorldEnv, SimulatorError, action_templates, find_java, fits_template, gold_path, java_version, panel, play, scienceworld_tasks, side, spread, step_cap)
+    OWN_WORLDS, ScienceWorldEnv, SimulatorError, action_templates, find_java, fits_template, gold_path, hard_types, java_version, panel, play, register_world,
+    scienceworld_tasks, side, spread, step_cap, world_of)
 from exprag.expert import expert
-from exprag.trajectory import Task
+from exprag.trajectory import SCORE_RANGES, Task, normalise_score
 from worlds import QUICK, TYPES, env, java_children, task  # noqa: F401
+
+
+# -- a world of one's own
+
+@pytest.fixture
+def own():
+    yield "inn"
+    OWN_WORLDS.pop("inn", None), OWN_WORLDS.pop("bar", None), SCORE_RANGES.pop("inn", None)
+
+
+def test_a_world_of_ones_own_is_known_where_it_was_told(own):
+    with pytest.raises(ValueError, match="unknown ScienceWorld task type"): side("pour-beer")
+    with pytest.raises(ValueError, match="register_world adds one"): action_templates(own)
+    register_world(own, easy=["pour-beer"], hard=["make_bed"], templates=["pour OBJ", "sleep"], cap=7, scores=(0, 20))
+    assert (side("pour-beer"), side("make_bed"), world_of("make_bed")) == ("easy", "hard", own) and hard_types(own) == ("make_bed",)
+    assert action_templates(own, {"anything": 1}) == ("pour OBJ", "sleep") and step_cap("pour-beer") == 7 and fits_template("pour beer", own) == "pour OBJ"
+    assert normalise_score(own, 5) == 0.25
+    rows = Panel("p", (Task(own, "make_bed", "1", "test"),), {"make_bed": 7}, {}).rows()
+    assert rows == [("make_bed", "hard", "1", "7")]
+    register_world(own, easy=["make_bed"])
+    assert side("make_bed") == "easy" and action_templates(own) == () and step_cap("make_bed") == 50, "telling again replaces"
+    with pytest.raises(ValueError): side("pour-beer")
+    assert side("boil") == "easy" and hard_types("scienceworld") == HARD_TYPES and hard_types("nowhere") == ()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: register_world("scienceworld", easy=["x"]), "comes with the package"), (lambda: register_world("inn", easy=["boil"]), "one of 'scienceworld'.*'inn-boil'"),
+    (lambda: register_world("inn", hard=["pick_two_obj_and_place"]), "one of 'alfworld'"), (lambda: register_world("inn", easy=["a"], hard=["a"]), "on both sides"),
+    (lambda: register_world("inn", templates="pour OBJ"), r"give a list, \['pour OBJ'\]"),
+    (lambda: (register_world("bar", easy=["a"]), register_world("inn", hard=["a"])), "one of 'bar'")])
+def test_a_world_that_cannot_be_told_so_is_refused_and_nothing_is_kept(own, make, message):
+    with pytest.raises(ValueError, match=message): make()
+    assert own not in OWN_WORLDS
 
 
 # -- tasks, folds, panels: no simulator

@@ -14,15 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders import WordEncoder
-from exprag.environment import HARD_TYPES, Panel, ScienceWorldEnv, panel, step_cap
-from exprag.evaluation import (CONDITION_ORDER, CONDITIONS, MOVES, Condition, OracleRetriever, RandomRetriever, ReplayPolicy, abstract, check_leaks, condition,
-                               edit_distances, evaluate, load_results, memory_for, oracle_paths, procedure_accuracy, results_table, run_config, spans,
-                               step_by_step, teacher_forced)
+from exprag.agent import Dynamic
+from exprag.combined import LeakError
+from exprag.environment import HARD_TYPES, OWN_WORLDS, Panel, ScienceWorldEnv, listed_tasks, panel, register_world, scienceworld_tasks, step_cap
+from exprag.evaluation import (CONDITION_ORDER, CONDITIONS, MOVES, Condition, OracleRetriever, RandomRetriever, ReplayPolicy, abstract, check_leaks, check_words,
+                               condition, edit_distances, evaluate, load_results, memory_for, memory_manifest, oracle_paths, procedure_accuracy, results_table,
+                               run_config, spans, step_by_step, teacher_forced, words_of)
+from exprag.insights import WORKFLOW, Insights, insight_leaks, register
+from exprag.prompt import PromptFormat
 from exprag.query import Retriever
 from exprag.results import read_episodes
 from exprag.select import NoMemory, same_task
-from exprag.store import Store
-from exprag.trajectory import Step, Task, Trajectory, read_jsonl
+from exprag.sft import Manifest
+from exprag.situations import Every, Moved
+from exprag.store import VIEWS, Store
+from exprag.trajectory import SCORE_RANGES, Step, Task, Trajectory, TrajectoryError, read_jsonl
 
 SAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "data" / "sample.jsonl"
 
@@ -66,6 +72,8 @@ def test_the_five_conditions_and_three_controls():
     (lambda: Condition("x", memory="retrieval"), "unknown memory"),
     (lambda: Condition("x", policy="human"), "unknown policy"),
     (lambda: Condition("x", k=0), "k is 0"),
+    (lambda: Condition("x", memory="retrieved", when="often"), "no rule is called 'often'"),
+    (lambda: Condition("x", when="every 5"), "nobody to ask"),
     (lambda: panel("hard"), "unknown panel 'hard'"),
 ])
 def test_unknown_names_are_refused_with_the_valid_ones(make, message):
@@ -273,6 +281,228 @@ def test_oracle_paths_are_the_experts():
     task = next(t for t in panel("demo").tasks if t.type == "identify-life-stages-2")
     with ScienceWorldEnv() as env:
         assert len(oracle_paths(env, [task])[task]) > 3
+
+
+# ---- asked again ----
+
+def test_a_condition_says_when_its_memory_is_asked(retriever):
+    c, where = condition("replay"), quick_panel()
+    static, five = memory_for(c, retriever), memory_for(replace(c, when="every 5"), retriever)
+    assert not isinstance(static, Dynamic) and isinstance(five, Dynamic) and five.when == Every(5) and memory_for(replace(c, when="moved"), retriever).when == Moved()
+    assert memory_for(replace(c, when="drifted 0.9"), retriever).when.below == 0.9
+    with pytest.raises(ValueError, match="needs a dense retriever"): memory_for(replace(c, memory="random", when="drifted 0.9"), retriever)
+    config = run_config(c, where, ReplayPolicy(), static, 1)
+    assert "when" not in config["condition"] and "asked" not in config["memory"], "static runs keep the directory they had"
+    asked = run_config(replace(c, when="every 5"), where, ReplayPolicy(), five, 1)
+    assert asked["condition"]["when"] == "every 5" and asked["memory"]["asked"] == {"when": "every", "steps": 5} and asked["memory"] | {"asked": 0} == config["memory"] | {"asked": 0}
+    for chosen, memory in ((c, five), (replace(c, when="every 5"), static)):
+        with pytest.raises(ValueError, match="use memory_for"): evaluate(chosen, where, "nowhere", ReplayPolicy(), memory)
+
+
+def test_a_dynamic_run_is_resumed_and_accounts_for_its_asking(retriever, tmp_path):
+    where = replace(quick_panel(2), caps={t.type: 6 for t in quick_panel(2)})
+    chosen = condition("replay", name="replay, every 2", when="every 2")
+    memory = memory_for(chosen, Retriever(retriever.store, retriever.encoder, query="recent"))
+    run = evaluate(chosen, where, tmp_path, ReplayPolicy(), memory, progress=False)
+    path = run.folder / "episodes.jsonl"
+    whole = path.read_bytes()
+    for t in read_episodes(path):
+        asks = t.provenance["asks"]
+        assert asks["asked"] == -(-len(t) // 2) and asks["rebuilt"] == len(asks["shown"]) - 1 and asks["shown"][0][0] == 0
+        assert all(step % 2 == 0 for step, _ in asks["shown"]) and list(t.provenance["retrieved"]) == list(dict.fromkeys(i for _, ids in asks["shown"] for i in ids))
+    path.write_bytes(whole.splitlines(keepends=True)[0] + b'{"torn')
+    again = evaluate(chosen, where, tmp_path, ReplayPolicy(), memory, progress=False)
+    first, second = (sorted((t.task, t.id, t.provenance["asks"]["asked"]) for t in read_episodes(p)) for p in (path, again.folder / "episodes.jsonl"))
+    assert again.folder == run.folder and first == second and [e.score for e in again.episodes] == [e.score for e in run.episodes]
+
+
+# ---- the audit at depth: every fold but train is a fold to be tested on ----
+
+def made(task, salt=0, steps=3):
+    return Trajectory(task, f"Do {task.type} {task.variation}.", f"A room {salt}.", tuple(Step(f"open box {j}", f"A box {task.variation} {salt} {j}.") for j in range(steps)),
+                      100.0 if task.world == "scienceworld" else 1.0, True, "1", {"simplification": "easy"} if task.world == "scienceworld" else {"grammar": "move"})
+
+
+def folds_of(world):
+    if world == "alfworld": return {fold: [t for t in tasks if t.type == "pick_heat_then_place_in_recep"] for fold, tasks in listed_tasks("alfworld").items()}
+    return {fold: list(scienceworld_tasks(fold, ["grow-plant"])) for fold in ("train", "dev", "test")}
+
+
+def panel_of(world):
+    kind, settings = ("grow-plant", {"simplification": "easy"}) if world == "scienceworld" else ("pick_heat_then_place_in_recep", {"grammar": "move"})
+    return Panel("p", tuple(folds_of(world)["test"][:3]), {kind: 20}, settings)
+
+
+class Scribe:
+    "An author with one thing to say."
+    name = "scribe"
+    def describe(self): return {"name": self.name}
+    def act(self, trajectories, experiences=None, keys=None):
+        from exprag.agent import Action
+        return [Action("END" if t.steps else "look in {container}", 0, 0, 0, "end") for t in trajectories]
+
+
+FOLDS = [(world, fold) for world in ("scienceworld", "alfworld") for fold in folds_of(world) if fold != "train"]
+
+
+@pytest.fixture
+def clean(tmp_path):
+    "Stores of clean train episodes, a world each."
+    stores = {}
+    for world in ("scienceworld", "alfworld"):
+        stores[world] = Store(tmp_path / f"{world}.db")
+        stores[world].add_many(made(t) for t in folds_of(world)["train"][:8])
+    yield stores
+    for store in stores.values(): store.close()
+
+
+def checked(store, view="actions", manifests=(), recognise=(), **changes):
+    world = store.get(store.find()[0]).task.world
+    chosen = condition("replay", **changes)
+    return check_leaks(chosen, panel_of(world), ReplayPolicy(), memory_for(chosen, Retriever(store, WordEncoder()), view=view), manifests, recognise)
+
+
+@pytest.mark.parametrize("world, fold", FOLDS)
+@pytest.mark.parametrize("number", [0, -1])
+def test_an_episode_of_any_other_fold_is_found_under_a_train_label(clean, world, fold, number):
+    store, task = clean[world], folds_of(world)[fold][number]
+    assert checked(store) == ()
+    store.add(made(task, 1))
+    assert checked(store) == (), "under its own label it is not in the index"
+    store.add(made(replace(task, fold="train"), 2))
+    with pytest.raises(LeakError) as caught: checked(store)
+    assert {leak.what for leak in caught.value.leaks} == {str(replace(task, fold="train"))}
+
+
+@pytest.mark.parametrize("world, fold", FOLDS)
+def test_its_words_are_found_under_the_name_of_another_task(clean, world, fold):
+    store, train, told = clean[world], folds_of(world)["train"], made(folds_of(world)[fold][-1], 5)
+    shouted = replace(told, task=train[20], goal=told.goal.upper(), first_observation=f"  {told.first_observation}\n")
+    store.add(shouted)
+    assert checked(store) == (), "nobody knows those words"
+    for where in ({"recognise": [told]}, {}):
+        if not where: store.add(told)
+        with pytest.raises(LeakError) as caught: checked(store, **where)
+        assert [leak.what for leak in caught.value.leaks] == [shouted.id]
+
+
+def test_words_are_the_same_in_both_languages_of_alfworld():
+    from exprag.alfworld_grammar import translate
+    task = folds_of("alfworld")["test"][0]
+    one = Trajectory(task, "put a hot mug in a desk", "You are in the middle of a room.", (
+        Step("go to desk 1", "You arrive at desk 1. On the desk 1, you see nothing."), Step("move mug 1 to desk 1", "You move the mug 1 to the desk 1.")), settings={"grammar": "move"}).finish(1.0, True)
+    assert words_of(translate(one, "put")) == words_of(one) != words_of(replace(one, goal="another")) and translate(one, "put").id != one.id
+
+
+def test_episodes_of_weights_are_recognised(clean):
+    task = folds_of("scienceworld")["dev"][0]
+    told = made(task)
+    adapter = Manifest("adapter", "a", (scienceworld_tasks("train", ["boil"])[0],), parents=(Manifest("pretraining", "p", (), (told.id,)),))
+    assert checked(clean["scienceworld"], manifests=[adapter], adapter="lora") == ()
+    with pytest.raises(LeakError, match="pretraining 'p'"): checked(clean["scienceworld"], manifests=[adapter], recognise=[told], adapter="lora")
+
+
+@pytest.mark.parametrize("world, fold", FOLDS)
+def test_an_insight_learnt_from_another_fold_is_found(clean, world, fold):
+    store, task = clean[world], folds_of(world)[fold][0]
+    store.add(made(task))
+    insights = Insights(store, Scribe(), folds=("train", fold))
+    ids = store.find(folds=["train"])
+    good, = insights.write(WORKFLOW, [ids[:3]])
+    view = register(insights, WORKFLOW)
+    try:
+        assert checked(store, view) == () and insight_leaks([good], [task]) == []
+        assert memory_manifest(memory_for(condition("replay"), Retriever(store, WordEncoder()), view=view), panel_of(world)).parents[0].contents == tuple(sorted(ids[:3]))
+        bad, = insights.write(WORKFLOW, [[*ids[4:8], made(task).id]])
+        assert insight_leaks([bad], [task])
+        with pytest.raises(LeakError) as caught: checked(store, view)
+        assert str(task) in {leak.what for leak in caught.value.leaks} and all("of the view workflow" in leak.artefact for leak in caught.value.leaks)
+        assert checked(store) == (), "who shows the episodes themselves shows no insight"
+    finally: VIEWS.pop(view)
+
+
+def test_a_view_written_from_episodes_that_are_not_at_hand_is_refused(clean, monkeypatch):
+    def rules(trajectory): return "look in boxes"
+    rules.sources = lambda trajectory: ("0" * 32,)
+    monkeypatch.setitem(VIEWS, "my rules", rules)
+    with pytest.raises(LeakError, match="nobody can say of which task"): checked(clean["scienceworld"], "my rules")
+
+
+@pytest.mark.parametrize("task, message", [(scienceworld_tasks("test", ["boil"])[0], "neither train nor dev"), (folds_of("scienceworld")["test"][0], "a task of panel"),
+                                           (replace(scienceworld_tasks("test", ["boil"])[0], fold="dev"), "the test fold, whatever its label"), (listed_tasks("alfworld")["seen"][0], "neither train nor dev")])
+def test_thresholds_are_set_on_dev(clean, task, message):
+    store = clean["scienceworld"]
+    assert checked(store, manifests=[Manifest("threshold", "t", (scienceworld_tasks("dev", ["boil"])[0], scienceworld_tasks("train", ["boil"])[0]))]) == ()
+    with pytest.raises(LeakError, match=message): checked(store, manifests=[Manifest("threshold", "t", (task,))])
+
+
+def test_a_dev_panel_is_a_panel(clean):
+    store, dev = clean["scienceworld"], scienceworld_tasks("dev", ["grow-plant"])
+    where, chosen = Panel("dev", dev[:3], {"grow-plant": 9}, {"simplification": "easy"}), condition("replay")
+    memory = memory_for(chosen, Retriever(store, WordEncoder()))
+    check_leaks(chosen, where, ReplayPolicy(), memory, [Manifest("threshold", "t", dev[5:])])
+    with pytest.raises(LeakError, match="tuned on a task of panel"): check_leaks(chosen, where, ReplayPolicy(), memory, [Manifest("threshold", "t", dev[1:])])
+    store.add(made(replace(dev[0], fold="train"), 3))
+    with pytest.raises(LeakError, match="a task of panel 'dev'"): check_leaks(chosen, where, ReplayPolicy(), memory)
+
+
+def test_clean_experience_raises_no_alarm(tmp_path):
+    "The book's own expert episodes, beside dev and test episodes that are honestly labelled."
+    with Store(tmp_path / "all.db") as store:
+        store.add_many(sample())
+        store.add_many(made(t) for fold in ("dev", "test") for kind in HARD_TYPES for t in scienceworld_tasks(fold, [kind])[:3])
+        for name in ("replay", "random experience"):
+            chosen = condition(name, adapter="none")
+            assert check_leaks(chosen, panel("demo"), ReplayPolicy(), memory_for(chosen, Retriever(store, WordEncoder())), recognise=[made(t) for t in panel("demo")]) in ((), ("replay",))
+
+
+# ---- the words of a world ----
+
+class Speaks:
+    name, batch_size = "speaks", 1
+    def __init__(self, format): self.format = format
+
+
+def test_a_prompt_in_the_other_language_is_refused(clean):
+    from exprag.environment import action_templates
+    moved = panel_of("alfworld")
+    old = replace(moved, settings={"grammar": "put"})
+    check_words(moved, Speaks(PromptFormat()), NoMemory()), check_words(old, Speaks(PromptFormat(templates=())), NoMemory())
+    check_words(old, Speaks(PromptFormat(templates=action_templates("alfworld", {"grammar": "put"}))), NoMemory())
+    with pytest.raises(ValueError, match="the prompt lists 'move OBJ to OBJ', and panel 'p' speaks 'put'"):
+        check_words(old, Speaks(PromptFormat(templates=action_templates("alfworld"))), NoMemory())
+    with pytest.raises(ValueError, match="lists 'put OBJ in/on OBJ'"): check_words(moved, Speaks(PromptFormat(templates=action_templates("alfworld", {"grammar": "put"}))), NoMemory())
+    check_words(panel_of("scienceworld"), Speaks(PromptFormat(templates=("put OBJ in/on OBJ",))), NoMemory())
+
+
+def test_experience_of_no_known_language_is_refused_before_anything_runs(clean, tmp_path):
+    store = clean["alfworld"]
+    memory = memory_for(condition("replay"), Retriever(store, WordEncoder()))
+    check_words(panel_of("alfworld"), ReplayPolicy(), memory)
+    store.add(replace(made(folds_of("alfworld")["train"][30]), settings={}))
+    with pytest.raises(TrajectoryError, match="say which"): evaluate(condition("replay"), panel_of("alfworld"), tmp_path / "runs", ReplayPolicy(), memory)
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- a world of one's own ----
+
+def test_a_registered_world_is_evaluated_with_its_sides(tmp_path):
+    from exprag.your_world import SHOP_TEMPLATES, ShopEnv, shop_expert, shop_tasks
+    register_world("shop", easy=["count-orders", "total-spent"], hard=["last-order", "best-seller", "never-ordered"], templates=SHOP_TEMPLATES, cap=8, scores=(0, 1))
+    try:
+        kinds = ("count-orders", "last-order")
+        where = Panel("shop", shop_tasks("test", kinds)[::4], {k: 8 for k in kinds}, {})
+        with Store(tmp_path / "shop.db") as store:
+            store.add_many(shop_expert(ShopEnv(), t) for t in shop_tasks("train"))
+            memory = memory_for(condition("replay"), Retriever(store, WordEncoder()))
+            run = evaluate(condition("replay"), where, tmp_path / "runs", ReplayPolicy(), memory, env_factory=ShopEnv, progress=False)
+            shown = [store.get(id).task.type for t in read_episodes(run.folder / "episodes.jsonl") for id in t.provenance["retrieved"]]
+            assert shown and all((kind in ("count-orders", "total-spent")) == (t.type == "count-orders") for kind, t in zip(shown, where)), "matched: each side its own"
+            results = load_results(tmp_path / "runs")
+            assert results.sides == ("easy", "hard") and not run.missing and abstract("query SELECT 1", "shop") == "query OBJ"
+            store.add(shop_expert(ShopEnv(), replace(where.tasks[0], fold="train")))
+            with pytest.raises(LeakError): evaluate(condition("replay"), where, tmp_path / "leak", ReplayPolicy(), memory, env_factory=ShopEnv)
+    finally: OWN_WORLDS.pop("shop", None), SCORE_RANGES.pop("shop", None)
 
 
 # ---- procedure accuracy ----

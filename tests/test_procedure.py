@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.environment import EASY_TYPES, HARD_TYPES, TOPICS, action_templates
+from exprag.environment import EASY_TYPES, HARD_TYPES, OWN_WORLDS, TOPICS, action_templates, register_world
 from exprag.procedure import (PAPER_SPLIT, SAME_DEED, TEMPLATES, Scale, Split, abstract, edit_distances, leave_one_topic_out, nearest_outside,
                               procedure, procedure_distances, template_patterns)
 from exprag.trajectory import Step, Task, Trajectory
@@ -49,7 +49,13 @@ def test_every_template_is_an_instance_of_itself(world):
 
 
 def test_an_unknown_world_is_an_error_that_says_what_to_add():
-    with pytest.raises(ValueError, match=re.escape("TEMPLATES['my-shop'] =")): abstract("open door", "my-shop")
+    with pytest.raises(ValueError, match=re.escape("register_world('my-shop', templates=")): abstract("open door", "my-shop")
+
+
+def test_a_registered_world_has_procedures():
+    register_world("inn", easy=["pour-beer"], templates=["pour OBJ", "sleep"])
+    try: assert [abstract(a, "inn") for a in ("pour dark beer", "sleep", "sing")] == ["pour OBJ", "sleep", "sing"]
+    finally: OWN_WORLDS.pop("inn")
 
 
 def test_a_world_of_ones_own_and_its_wordings(own_world):

@@ -1,10 +1,11 @@
 """Queries: encoders that never cut, an index that is exact, filtered and deterministic, files that are not believed blindly."""
 import json
+import random
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from faults import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,10 +271,11 @@ def test_damaged_or_swapped_file_is_rebuilt(store, encoder, tmp_path):
     right = retriever.search(query)
     retriever.save(path)
     whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[-50] ^= 1
-    for damaged in (b"", b"hello", whole[: len(whole) // 2], whole[:-1], whole[:20], bytes(flipped), b"\x80\x04K\x01."):
-        path.write_bytes(damaged)
+    head = whole.index(b"}") + 2
+    faults = [part for _, part in damaged(whole, 40, head, random.Random(0))]  # the name of the encoder and the dimension are hit as well
+    for fault in (b"", b"hello", whole[:-1], b"\x80\x04K\x01.", whole.replace(b'"dim": 384', b'"dim": 383'), *faults):
+        assert fault != whole
+        path.write_bytes(fault)
         fresh = Retriever(store, encoder)
         assert fresh.load(path) == "rebuilt: the file was damaged" and fresh.search(query) == right
     with Store(tmp_path / "b.db") as other:

@@ -1,13 +1,11 @@
 """The approximate index: the same face and the same ties as the exact one, near enough, and honest about what it was made from."""
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
+from encoders import Letters
+from faults import damaged, killed
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -147,13 +145,10 @@ def test_file_round_trip_and_faults(made, tmp_path):
     again.add(["f" * 32], queries[:1])
     assert again.search(queries[0], 1)[0].score == 1.0
     data = path.read_bytes()
-    chance = random.Random(0)
-    for number in range(30):
-        at = chance.randrange(len(data)) if number % 3 else chance.randrange(len(MAGIC) + 300)
-        path.write_bytes(data[:at] if number % 2 else data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:])
-        try: broken, why = read_large(path, MADE_FROM, 1)
-        except IndexMismatch: continue  # the name of the encoder was hit: refused as well
-        assert (broken is None and why) or broken.search(queries[0], 5) == index.search(queries[0], 5), f"byte {at} was changed, and nobody noticed"
+    for at, broken in damaged(data, 30, len(MAGIC) + HEADER, random.Random(0)):
+        path.write_bytes(broken)
+        found, why = read_large(path, MADE_FROM, 1)
+        assert (found, why) == (None, "the file was damaged"), f"byte {at} was changed, and nobody noticed"
     path.write_bytes(data)
     assert read_large(path, {**MADE_FROM, "store": "other"}, 1) == (None, "the store has changed")
     for name in ("encoder", "key"):
@@ -171,13 +166,6 @@ def test_what_was_removed_is_not_in_the_file(tmp_path):
     index.remove([index.ids[alone]])
     write_large(tmp_path / "after", index, MADE_FROM)
     assert [keys[alone].tobytes() in (tmp_path / name).read_bytes() for name in ("before", "after")] == [True, False]
-
-
-class Letters:
-    name, dim, max_tokens = "letters@1", 26, 10_000
-
-    def encode(self, texts, role="document"):
-        return unit(np.array([[t.lower().count(chr(97 + i)) + 0.01 for i in range(26)] for t in texts]))
 
 
 def episode(i):
@@ -227,8 +215,6 @@ def test_saving_and_loading_through_the_retriever(pair, tmp_path):
 
 
 INDEXER = """
-import sys
-sys.path.insert(0, sys.argv[2])
 from test_scale import *
 with Store(sys.argv[1]) as store:
     large = LargeRetriever(store, Letters())
@@ -248,11 +234,7 @@ def kills_while_indexing(folder, rounds, seed):
     with Store(path) as store: store.add_many(map(episode, range(400)))
     outcomes = set()
     for _ in range(rounds):
-        process = subprocess.Popen([sys.executable, "-c", INDEXER, str(path), os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.12))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        killed(INDEXER, path, within=0.12, chance=chance)
         with Store(path) as store:
             large, plain = LargeRetriever(store, Letters()), Retriever(store, Letters())
             large.EXACT_BELOW = 100

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exprag.query import KEYS, SOUGHT, Hit, Retriever, SentenceEncoder, instructed
 from exprag.situations import (GRANULARITIES, Drifted, Every, Moved, Once, PlaceRetriever, Refresher, Standing, embed_places, history, places, recent,
-                               replay, standing, start, stopwatch)
+                               replay, rule, standing, start, stopwatch)
 from exprag.store import Store, actions
 from exprag.trajectory import Step, Task, Trajectory
 from exprag.views import view
@@ -232,6 +232,21 @@ def test_rules(store):
     assert Drifted(retriever, 1.1)(now[1], now[1]) and not Drifted(retriever, 1.0)(now[1], now[1]) and not Drifted(retriever, -1.1)(now[4], now[0])
     for rule in (Once(), Every(3), Moved(), Drifted(retriever, 0.9)):
         assert json.dumps(rule.describe()) and rule.describe()["when"]
+
+
+def test_rules_have_names(store):
+    retriever = Retriever(store, Words())
+    assert [rule(n) for n in ("once", "every 1", "every 12", "moved", "moved room")] == [Once(), Every(1), Every(12), Moved(), Moved(holding=False)]
+    assert rule("drifted 0.85", retriever) == Drifted(retriever, 0.85) and rule("drifted 1.0", retriever).below == 1
+    for name in ("every 0", "every", "every -1", "often", "drifted", "drifted 2", "Once", ""):
+        with pytest.raises(ValueError, match="no rule is called .* there are once, every N"): rule(name, retriever)
+    with pytest.raises(ValueError, match="needs a dense retriever"): rule("drifted 0.9")
+
+
+def test_what_counts_as_another_answer_can_be_said():
+    refresher = Refresher(lambda t: [Hit("a", 1.0, 1, len(t))], Every(1), key=lambda hits: hits[0].id)
+    first = refresher(until(A, 0))
+    assert refresher(until(A, 1)) is first and (refresher.asked, refresher.rebuilt) == (2, 0)
 
 
 class Scripted:
