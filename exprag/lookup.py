@@ -389,10 +389,10 @@ def reach(until: int  # tokens read at its end
     afar = partial(procedures, steps=(3, 8), listed=(3, 5), carried_out=5, once=True, long=False, far=1200)
     return Phase(until, 2048, (("far repeats", 0.40, far_repeats), ("far", 0.25, partial(afar, renamed=0.0)), ("far renamed", 0.25, afar), ("play", 0.10, plays)), 6)
 
-# %% ../nbs/09a_lookup.ipynb #bd79fe10
+# %% ../nbs/09a_lookup.ipynb #79f060d2
 def places(begin: int, until: int  # tokens read at its beginning and at its end
           ) -> tuple[Phase, ...]:
-    "Short replays, then long ones, with invented procedures and far repeats beside them."
+    "Short replays, then long ones, with invented procedures, repeats and far repeats beside them."
     early = partial(procedures, numbered=0.7, interrupted=0.04, steps=(3, 12), long=False)
     short, long = partial(replays, steps=(3, 12), shown=(4, 24), listed=(1, 2)), partial(replays, numbered=0.95, listed=(1, 2), interrupted=0.02, shown=(4, 80))
     late = partial(procedures, numbered=1.0, renamed=0.2, listed=(1, 2), interrupted=0.02, long=False)
