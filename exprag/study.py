@@ -378,13 +378,14 @@ def taught(model, tokenizer, store: Store, encoder, episodes: Sequence[Trajector
         record[name] = {"tokens": tokens, "deeds": rows}
     return record
 
-# %% ../nbs/08f_study.ipynb #e3dfa518
+# %% ../nbs/08f_study.ipynb #afcd000f
 def lived(model, tokenizer, store: Store, encoder, panel: Panel,  # of dev tasks
           out_dir: str | os.PathLike,  # where runs live; what is there is not run again
-          choices: Mapping[str, Choice] = {name: CHOICES[name] for name in LIVE}) -> dict:  # choice -> (task, score, success, steps), JSON-ready
+          choices: Mapping[str, Choice] | None = None  # None: those of `LIVE`
+         ) -> dict:  # choice -> (task, score, success, steps), JSON-ready
     "Let a model act with some choices, in the world itself."
     record = {}
-    for name, choice in choices.items():
+    for name, choice in (choices or {name: CHOICES[name] for name in LIVE}).items():
         policy = HFPolicy(model, tokenizer, choice.format(), batch_size=1, max_new_tokens=24, constrain="templates")
         run = evaluate(Condition(name, memory=choice.memory, composition="all", k=choice.k), panel, out_dir, policy, choice.recall(store, encoder), progress=False)
         record[name] = [[str(e.task), e.score, e.success, e.steps] for e in run.episodes]
