@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'OPENS', 'CLOSES', 'BLOCK', 'CONTROL_FORMS', 'SERVE', 'tidy', 'chat_task', 'call_text', 'episode_of',
-           'control_tokens', 'inert', 'memory_block', 'without_memory', 'insert', 'Bank', 'free_port',
+           'control_tokens', 'inert', 'memory_block', 'without_memory', 'insert', 'Keeper', 'Bank', 'free_port',
            'wait_until_well', 'serving']
 
 # %% ../nbs/05d_memory_for_your_agent.ipynb #46253a61
@@ -155,9 +155,9 @@ def insert(messages: Sequence[Mapping],
     else: messages[at]["content"] = f"{content}\n\n{block}" if content else block
     return messages
 
-# %% ../nbs/05d_memory_for_your_agent.ipynb #73dd142e
-class Bank:
-    "A memory for agents that speak in chat messages: it recalls, it records, it looks after itself."
+# %% ../nbs/05d_memory_for_your_agent.ipynb #ae72c031
+class Keeper:
+    "Who keeps conversations: where, in whose name, what must not get in, and how they are found and shown."
     def __init__(self, store: Store,
                  encoder: Encoder | Finder,  # tells how near goals are; or a whole retriever over this store, which tells by what it likes
                  author: str,  # who writes here: goes into the provenance of every episode recorded
@@ -179,16 +179,20 @@ class Bank:
         self.memory = Memory(retriever, (trusted(trust or Trust({author: "trusted"})), *stages), view=view, only=only)
         self._read = {}  # task and goal to the ids that were recalled for them
 
-    def __repr__(self): return f"Bank({self.author!r}, {len(self.store.find(namespace=self.namespace))} episodes, {self.memory!r})"
+    def __repr__(self): return f"{type(self).__name__}({self.author!r}, {len(self.store.find(namespace=self.namespace))} episodes, {self.memory!r})"
 
     def episode(self, messages: Sequence[Mapping],  # a conversation, perhaps unfinished, with or without a memory block
                 task: Task | None = None,  # see `episode_of`; None: one made from the goal
                 goal: str | None = None,  # see `episode_of`
                 **fields_) -> Trajectory:
-        "The conversation as this bank keeps it: redacted, and by its author."
+        "The conversation as it is kept: redacted, and by its author."
         made, _ = self.redactor(episode_of(messages, task or chat_task("", self.world), goal, **fields_))
         provenance = {**made.provenance, "author": self.author}  # not redacted: trust goes by it
         return replace(made, task=task or chat_task(made.goal, self.world), provenance=provenance)
+
+# %% ../nbs/05d_memory_for_your_agent.ipynb #d606aba1
+class Bank(Keeper):
+    "A memory for agents that speak in chat messages: it recalls, it records, it looks after itself; made as `Keeper` is."
 
     def recall(self, messages: Sequence[Mapping], **about) -> Selection:  # `about`: task, goal
         "The experience that fits a conversation, with reasons."

@@ -6,18 +6,18 @@
 __all__ = ['FIVE', 'CONTROLS', 'DEMO_TYPES', 'PLANS', 'Plan', 'demo_tasks', 'demo_panel', 'gather', 'allowed', 'fit', 'Pool',
            'Lent', 'compare_conditions', 'demo', 'write_report']
 
-# %% ../nbs/10_demo.ipynb #edb014e1
+# %% ../nbs/10_demo.ipynb #5c404812
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/10_demo.ipynb #01ed6eda
+# %% ../nbs/10_demo.ipynb #38c58328
 from .combined import check_aligned, equal_budget, retrieve_for_training
 from .environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, Panel, ScienceWorldEnv, known, panel, scienceworld_tasks, spread
 from .evaluation import (ReplayPolicy, Results, condition, contrast_table, evaluate, memory_for, oracle_paths, plot_results, results_table,
@@ -30,7 +30,7 @@ from .query import Retriever, SentenceEncoder
 from .samples import RECIPES, Recipe, make_samples
 from .sft import Manifest, model_path, train
 from .store import Store
-from .trajectory import Task, Trajectory
+from .trajectory import Task
 
 # %% ../nbs/10_demo.ipynb #10c0e914
 FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA")

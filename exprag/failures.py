@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-# %% ../nbs/08g_failures.ipynb #5d9e00bc
+# %% ../nbs/08g_failures.ipynb #12be08d8
 from .environment import ALFWORLD, WORLD
 from .procedure import abstract
 from .results import Results, Table, read_episodes
-from .trajectory import Step, Task, Trajectory
+from .trajectory import Step, Trajectory
 
 # %% ../nbs/08g_failures.ipynb #be648a2f
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ['MODEL_FILES', 'MANIFEST_KINDS', 'RUN_FORMAT', 'LABELS', 'match_targe
            'RunReport', 'read_losses', 'last_checkpoint', 'step_line', 'bookkeeper', 'training_arguments',
            'torch_threads', 'train', 'make_trainer', 'finish_run']
 
-# %% ../nbs/06b_sft.ipynb #2185584e
+# %% ../nbs/06b_sft.ipynb #2edcee97
 import hashlib
 import json
 import math
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .samples import (RECIPES, LeakError, Recipe, Sample, check_samples, collate, make_samples, micro_batches, plan, planned_tokens,
+from .samples import (RECIPES, Recipe, Sample, check_samples, collate, make_samples, micro_batches, plan, planned_tokens,
                             supervised_loss, token_losses)
 from .trajectory import Task, canonical_json
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOL', 'AHEAD', 'CHOICES', 'LIVE', 'Study', 'by_task', 'factorial', 'effects', 'effects_table', 'plot_effects',
            'interaction', 'shares', 'Asked', 'beginning', 'found', 'readable', 'Sheet', 'Reader', 'followed',
-           'write_studies', 'read_studies', 'Choice', 'procedure_hits', 'taught', 'lived', 'read_packed', 'main']
+           'write_studies', 'read_studies', 'Choice', 'taught', 'lived', 'read_packed', 'main']
 
 # %% ../nbs/08f_study.ipynb #2692815d
 import argparse
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/08f_study.ipynb #5e772b9f
+# %% ../nbs/08f_study.ipynb #3b23a7bd
 from .agent import HFPolicy, load_model
 from .environment import EASY_TYPES, Panel, known, spread, step_cap
-from .evaluation import MOVES, Condition, evaluate, memory_for, teacher_forced
+from .evaluation import MOVES, Condition, evaluate, memory_for, procedure_hits
 from .procedure import abstract, edit_distances, procedure
 from .prompt import PromptFormat
 from .quality import judge
@@ -354,16 +354,6 @@ CHOICES = {
     "goal, 1": Choice(k=1), "goal, 4": Choice(k=4), "nouns as they were": Choice(adapted=False), "whole chats": Choice(view="chat"),
     "without numbers": Choice(view="actions"), "decisive steps": Choice(view="decisive"), "oracle, 2": Choice("oracle")}
 LIVE = ("no experience", "goal, 2 (numbered)", "goal, 1")  # the leading ones, and none
-
-# %% ../nbs/08f_study.ipynb #79c10947
-def procedure_hits(policy,  # with `model` and `encoder`, such as `HFPolicy`
-                   episodes: Sequence[Trajectory],  # experts' episodes that no weight has seen
-                   experiences: Sequence[Sequence[Trajectory]]  # what each may remember
-                  ) -> list[tuple[int, int]]:  # for each episode: deeds that the policy would have written, deeds
-    "`procedure_accuracy`, an episode at a time, so that it can be paired and has an interval."
-    answers = teacher_forced(policy, episodes, experiences, 1)
-    asked = [[not MOVES.fullmatch(a) for a in t.actions] for t in episodes]
-    return [(sum(h for h, w in zip(hits, wanted) if w), sum(wanted)) for hits, wanted in zip(answers, asked)]
 
 # %% ../nbs/08f_study.ipynb #8db96d4e
 def taught(model, tokenizer, store: Store, encoder, episodes: Sequence[Trajectory],  # experts' episodes of dev tasks

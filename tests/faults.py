@@ -7,6 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 
+import pytest
+
+FEW_OR_MANY = [5, pytest.param(100, marks=pytest.mark.slow)]  # rounds of a test with kills
 AT_IT = "ready"  # what a process prints when it is about to begin
 
 

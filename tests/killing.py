@@ -79,8 +79,21 @@ def kill_one(mark: str, collector: int, chance: random.Random) -> str | None:
     return kind
 
 
-def harass(folder: Path, seconds: float, worlds: list[str], count: int, workers: int = 2, timeout: float = 8.0, pause: float = 1.0, seed: int = 0) -> dict:
-    "Collect for a while with processes killed at random; then let it finish or, if there is too much left, kill it all."
+def pace(worlds: list[str]) -> float:
+    "Seconds that the slowest of some worlds takes for a first episode, its start included, on this machine as busy as it is now."
+    from exprag.collecting import collect
+    def one(task):
+        began = time.monotonic()
+        assert collect([task], lambda t: None, progress=False, failures=True).kept == 1
+        return time.monotonic() - began
+    return max(map(one, tasks_of(worlds, 1)))
+
+
+def harass(folder: Path, seconds: float, worlds: list[str], count: int, workers: int = 2, timeout: float = 8.0, pause: float = 1.0, seed: int = 0, faults: int = 3, patience: float = 600.0) -> dict:
+    """Collect for a while with processes killed at random; then let it finish or, if there is too much left, kill it all.
+
+    The while is `seconds`, and as much longer (`patience` at most) as a busy machine needs for so many `faults` and an episode after the first of them.
+    """
     mark, chance = uuid.uuid4().hex, random.Random(seed)
     store, log = folder / "kept.db", folder / "acknowledged.txt"
     plan = {"tasks": [str(t) for t in tasks_of(worlds, count)], "workers": workers, "timeout": timeout}
@@ -90,7 +103,8 @@ def harass(folder: Path, seconds: float, worlds: list[str], count: int, workers:
     start = lambda: subprocess.Popen(command, env={**os.environ, MARK: mark}, stderr=open(folder / "said.txt", "ab"))
     acknowledged = lambda: log.read_text().count("\n")
     began, events, timeline, collector = time.monotonic(), [], [], start()
-    while (now := time.monotonic() - began) < seconds and collector.returncode != 0:
+    short = lambda: len(events) < faults or acknowledged() <= events[0][2]
+    while ((now := time.monotonic() - began) < seconds or (now < seconds + patience and short())) and collector.returncode != 0:
         time.sleep(min(chance.expovariate(1 / pause), 3 * pause))
         patient = len(events) < 3 or timeline[-1][1] > events[-3][2]  # three faults without an episode between them are enough
         if patient and collector.poll() is None and (kind := kill_one(mark, collector.pid, chance)):
@@ -103,7 +117,7 @@ def harass(folder: Path, seconds: float, worlds: list[str], count: int, workers:
         except subprocess.TimeoutExpired: collector.kill()
         collector.wait()
     return {"seconds": round(now), "workers": workers, "kills": dict(sorted(Counter(kind for _, kind, _ in events).items())), "finished": finished,
-            "tasks": len(plan["tasks"]), "left": not gone(mark), "events": events, "timeline": timeline, **checked(store, log)}
+            "tasks": len(plan["tasks"]), "left": not gone(mark, 60), "events": events, "timeline": timeline, **checked(store, log)}
 
 
 def checked(store_path: Path, log_path: Path) -> dict:

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from chat_models import CORPUS, FAMILIES, make_model, make_tokenizer
 
-from exprag.agent import Action, Dynamic, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout, templates_of
+from exprag.agent import Action, Dynamic, Episode, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout
 from exprag.environment import ScienceWorldEnv, SimulatorError, action_templates, scienceworld_tasks
 from exprag.situations import Every, Once
 from exprag.store import VIEWS
@@ -359,21 +359,31 @@ class Watching:
     def reset(self): pass
     def describe(self): return {}
     def act(self, trajectories, experiences, keys):
-        self.shown = [self.format.system(t.task.world, e) for t, e in zip(trajectories, experiences)]
+        self.shown = [self.format.messages(t, e)[0]["content"] for t, e in zip(trajectories, experiences)]
         return [Action("look", 1, 1, 1, "end")] * len(trajectories)
 
 
 HOUSE = Task("alfworld", "pick_and_place_simple", "here", "test")
 
 
-@pytest.mark.parametrize("world, said, grammar", [(House, "> move mug 1 to desk 1 |", "move"),
-                                                  (type("OldHouse", (House,), {"grammar": "put"}), "> put mug 1 in/on desk 1 |", "put")])
+class OldHouse(House): grammar = "put"
+
+
+@pytest.mark.parametrize("world, said, grammar", [(House, "> move mug 1 to desk 1 |", "move"), (OldHouse, "> put mug 1 in/on desk 1 |", "put")])
 def test_experience_is_shown_in_the_words_of_the_world(world, said, grammar):
     policy = Watching()
     done, = rollout(policy, world, [HOUSE], OldWords(), caps={HOUSE.type: 1})
     assert said in policy.shown[0] and list(done.provenance["retrieved"]) == [OldWords.told.id], "the name that it has in the store"
-    assert templates_of(PromptFormat(), done) == action_templates("alfworld", {"grammar": grammar})
-    assert templates_of(FORMAT, done) == ()
+    held = [policy_of(format=format, constrain="templates").draft(0, done, ()).templates for format in (PromptFormat(), FORMAT)]
+    assert held == [action_templates("alfworld", {"grammar": grammar}), ()], "what it may write is in the words of the world too"
+
+
+@pytest.mark.parametrize("world", [House, OldHouse])
+def test_what_tells_one_memory_from_another_is_the_text_that_the_agent_reads(world):
+    class Plain(Watching): format = PromptFormat()
+    episode = Episode(0, HOUSE, world())
+    episode.begin(), episode.remember(OldWords(), Plain())
+    assert episode.refresher.names == PromptFormat().messages(episode.trajectory, episode.told.experiences)[0]["content"]
 
 
 def test_worlds_of_one_language_and_of_none_are_left_alone():

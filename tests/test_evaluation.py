@@ -18,7 +18,7 @@ from exprag.agent import Dynamic
 from exprag.combined import LeakError
 from exprag.environment import HARD_TYPES, OWN_WORLDS, Panel, ScienceWorldEnv, listed_tasks, panel, register_world, scienceworld_tasks, step_cap
 from exprag.evaluation import (CONDITION_ORDER, CONDITIONS, MOVES, Condition, OracleRetriever, RandomRetriever, ReplayPolicy, abstract, check_leaks, check_words,
-                               condition, edit_distances, evaluate, load_results, memory_for, memory_manifest, oracle_paths, procedure_accuracy, results_table,
+                               condition, edit_distances, evaluate, load_results, memory_for, memory_manifest, oracle_paths, procedure_accuracy, procedure_hits, results_table,
                                run_config, spans, step_by_step, teacher_forced, words_of)
 from exprag.insights import WORKFLOW, Insights, insight_leaks, register
 from exprag.prompt import PromptFormat
@@ -467,7 +467,8 @@ def test_a_prompt_in_the_other_language_is_refused(clean):
     from exprag.environment import action_templates
     moved = panel_of("alfworld")
     old = replace(moved, settings={"grammar": "put"})
-    check_words(moved, Speaks(PromptFormat()), NoMemory()), check_words(old, Speaks(PromptFormat(templates=())), NoMemory())
+    for where in (moved, old):  # left to itself, a prompt speaks as the panel does
+        for format in (PromptFormat(), PromptFormat(templates=()), None): check_words(where, Speaks(format), NoMemory())
     check_words(old, Speaks(PromptFormat(templates=action_templates("alfworld", {"grammar": "put"}))), NoMemory())
     with pytest.raises(ValueError, match="the prompt lists 'move OBJ to OBJ', and panel 'p' speaks 'put'"):
         check_words(old, Speaks(PromptFormat(templates=action_templates("alfworld"))), NoMemory())
@@ -547,5 +548,7 @@ def test_procedure_accuracy_tells_right_from_wrong_experience():
     own = {t.task: t for t in picked}
     accuracy = procedure_accuracy(ReplayPolicy(), picked, lambda t: (own[t.task],))
     assert accuracy.right == 1 and accuracy.none == 0 and accuracy.shuffled < 0.5
+    hits = procedure_hits(ReplayPolicy(), picked, [(own[t.task],) for t in picked])
+    assert all(right == asked > 0 for right, asked in hits) and len(hits) == 4 and sum(asked for _, asked in hits) == accuracy.actions
     assert accuracy.actions == sum(not MOVES.fullmatch(a) for t in picked for a in t.actions)
     with pytest.raises(ValueError, match="two task types"): procedure_accuracy(ReplayPolicy(), picked[:1], lambda t: ())

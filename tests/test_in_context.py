@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import exprag.views
 from exprag.agent import HFPolicy
 from exprag.evaluation import MOVES, teacher_forced
 from exprag.in_context import THREE, Tokens, forced_tokens, in_context, summary, three_memories
