@@ -22,10 +22,10 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/05d_memory_for_your_agent.ipynb #db287aee
+# %% ../nbs/05d_memory_for_your_agent.ipynb #96b19080
 from .care import Erased, Redactor, credit, erase
 from .chat import content_text, from_messages
-from .curation import Trust, curate, trusted
+from .curation import Trust, make_room, trusted
 from .database import StoreError
 from .hybrid import Finder
 from .prompt import PlainText, PromptFormat
@@ -190,7 +190,7 @@ class Keeper:
         provenance = {**made.provenance, "author": self.author}  # not redacted: trust goes by it
         return replace(made, task=task or chat_task(made.goal, self.world), provenance=provenance)
 
-# %% ../nbs/05d_memory_for_your_agent.ipynb #d606aba1
+# %% ../nbs/05d_memory_for_your_agent.ipynb #a2177585
 class Bank(Keeper):
     "A memory for agents that speak in chat messages: it recalls, it records, it looks after itself; made as `Keeper` is."
 
@@ -224,8 +224,7 @@ class Bank(Keeper):
         read = self._read.pop((made.task, made.goal), ())
         if success is not None: credit(self.store, read, float(success))
         if not kept: return None
-        if self.most is not None and len(self.store.find(namespace=self.namespace)) > self.most:
-            curate(self.store, self.most, keep=[made.id], namespace=self.namespace)
+        if self.most is not None: make_room(self.store, self.most, namespace=self.namespace, keep=[made.id])
         return made
 
     def forget(self, ids: Iterable[str]) -> Erased:

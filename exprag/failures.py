@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFUSALS', 'SOURCES', 'CAUSES', 'Case', 'cases', 'write_cases', 'read_cases', 'refused', 'sources', 'cause',
-           'causes_table', 'sources_table', 'followed', 'following', 'plot_following']
+           'causes_table', 'sources_table', 'followed', 'following', 'resumed', 'plot_following']
 
 # %% ../nbs/08g_failures.ipynb #af06552b
 import json
@@ -130,6 +130,12 @@ def following(cases: Sequence[Case]) -> list[float]:  # at n: the share, of epis
     "How long episodes follow their experience."
     lines, done = [len(c.lines) for c in cases], [followed(c) for c in cases]
     return [sum(d > n for d, l in zip(done, lines) if l > n) / sum(l > n for l in lines) for n in range(max(lines, default=0))]
+
+# %% ../nbs/08g_failures.ipynb #ad6281d4
+def resumed(cases: Sequence[Case]) -> tuple[int, int]:  # actions that are the line of their number, all of them
+    "Of the actions after the first that was not its line, while there still are lines: how many are theirs again."
+    after = [line == action for c in cases for line, action in list(zip(c.lines, c.episode.actions))[followed(c) + 1:]]
+    return sum(after), len(after)
 
 # %% ../nbs/08g_failures.ipynb #6b90c842
 def plot_following(cases: Sequence[Case], most: int = 20,  # lines

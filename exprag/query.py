@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KEYS', 'SOUGHT', 'MAGIC', 'QUERIES_KEPT', 'goal', 'key_function', 'Encoder', 'chunks', 'TextTooLong',
            'fingerprint_of', 'quiet_loading', 'load_sentence_model', 'overhead', 'SentenceEncoder', 'instructed', 'Hit',
-           'faiss_threads', 'ExactIndex', 'IndexMismatch', 'write_index', 'read_index', 'embed_missing', 'Retriever']
+           'faiss_threads', 'ExactIndex', 'IndexMismatch', 'write_index', 'read_index', 'embed_missing', 'Questions',
+           'Retriever']
 
 # %% ../nbs/03_query.ipynb #a1e97f15
 import json
@@ -315,19 +316,41 @@ def embed_missing(store: Store,
         store.put_vectors(encoder.name, key, dict(zip(part, vectors)))
     return len(missing)
 
-# %% ../nbs/03_query.ipynb #58ca701b
+# %% ../nbs/03_query.ipynb #31c286df
 QUERIES_KEPT = 4096  # vectors of queries; six megabytes at 384 dimensions
 
-class Retriever:
+class Questions:
+    "What agents ask, as vectors; each text is encoded once."
+    def __init__(self, encoder: Encoder,
+                 query: str = "goal"):  # with what an agent asks, a name in `KEYS`
+        self.encoder, self.query, self.query_of, self._queries = encoder, query, key_function(query), {}
+
+    def prepare(self, trajectories: Sequence[Trajectory]  # where several agents stand
+               ) -> int:  # how many texts were encoded
+        "Encode the queries of several episodes together, each text once."
+        texts = list(dict.fromkeys(map(self.query_of, trajectories)))
+        if len(self._queries) + len(texts) > QUERIES_KEPT: self._queries.clear()
+        new = [text for text in texts if text not in self._queries]
+        if new: self._queries.update(zip(new, self.encoder.encode(new, role="query")))
+        return len(new)
+
+    def vector(self, trajectory: Trajectory) -> np.ndarray:  # float32 [dim]
+        "The vector of a query."
+        self.prepare([trajectory])
+        return self._queries[self.query_of(trajectory)]
+
+# %% ../nbs/03_query.ipynb #5a51fbf0
+class Retriever(Questions):
     "Finds stored episodes near to where an agent stands."
     def __init__(self, store: Store,  # where experience lives
                  encoder: Encoder,  # for keys and queries alike
                  key: str = "goal",  # what of a stored episode is compared, a name in `KEYS`
                  query: str = "goal",  # with what of the agent's own
                  threads: int = 1):  # of FAISS
-        self.store, self.encoder, self.key, self.query, self.threads = store, encoder, key, query, threads
-        self.query_of, _ = key_function(query), key_function(key)  # an unknown key is an error here
-        self._index, self._made_from, self._only, self._queries = None, None, None, {}
+        super().__init__(encoder, query)
+        key_function(key)  # an unknown key is an error here
+        self.store, self.key, self.threads = store, key, threads
+        self._index, self._made_from, self._only = None, None, None
 
     def __repr__(self): return f"Retriever(key {self.key!r}, query {self.query!r}, {self.encoder!r}, {self.store!r})"
 
@@ -354,20 +377,6 @@ class Retriever:
 
     def __len__(self): return len(self._fresh().ids)
     def fetch(self, hit: Hit) -> Trajectory: return self.store.get(hit.id)  # the episode that a hit means
-
-    def prepare(self, trajectories: Sequence[Trajectory]  # where several agents stand
-               ) -> int:  # how many texts were encoded
-        "Encode the queries of several episodes together, each text once."
-        texts = list(dict.fromkeys(map(self.query_of, trajectories)))
-        if len(self._queries) + len(texts) > QUERIES_KEPT: self._queries.clear()
-        new = [text for text in texts if text not in self._queries]
-        if new: self._queries.update(zip(new, self.encoder.encode(new, role="query")))
-        return len(new)
-
-    def vector(self, trajectory: Trajectory) -> np.ndarray:  # float32 [dim]
-        "The vector of a query."
-        self.prepare([trajectory])
-        return self._queries[self.query_of(trajectory)]
 
     def search(self, trajectory: Trajectory,  # where the agent stands
                n: int = 20,  # at most so many

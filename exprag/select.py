@@ -6,9 +6,10 @@
 __all__ = ['COMPOSITIONS', 'FUNCTION_WORDS', 'WORD', 'LEAST_ALIKE', 'LONGEST_NOUN', 'DEFAULT_STAGES', 'composition', 'same_task',
            'spelled', 'Candidate', 'Dropped', 'Stage', 'exclude_same_task', 'successes_only', 'top_k', 'label_of',
            'token_budget', 'order', 'run_stages', 'Selection', 'Table', 'is_noun_like', 'replaced_pairs',
-           'noun_mapping', 'substitute', 'adapt', 'adapt_to_goal', 'digest_of', 'with_adaptation', 'Memory', 'NoMemory']
+           'noun_mapping', 'substitute', 'adapt', 'adapt_to_goal', 'digest_of', 'before_counting', 'in_agent_words',
+           'Memory', 'NoMemory']
 
-# %% ../nbs/04_select.ipynb #423d8898
+# %% ../nbs/04_select.ipynb #176bb2c1
 import difflib
 import json
 import re
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import NamedTuple
 
+from .alfworld_grammar import in_words_of
 from .environment import side
 from .query import Hit, Retriever
 from .store import Store
@@ -282,16 +284,28 @@ def digest_of(description: Mapping) -> str:  # 16 hex digits
     "A hash of a description."
     return sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_select.ipynb #a010ecca
-def with_adaptation(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    "The stages, with `adapt_to_goal` before the first one that counts what is read, or at the end."
+# %% ../nbs/04_select.ipynb #154ff108
+def before_counting(stages: Sequence[Stage], stage: Stage) -> tuple[Stage, ...]:
+    "The stages, with one more before the first that counts what is read, or at the end."
     place = next((i for i, s in enumerate(stages) if "view" in s.settings), len(stages))
-    return (*stages[:place], adapt_to_goal(), *stages[place:])
+    return (*stages[:place], stage, *stages[place:])
+
+# %% ../nbs/04_select.ipynb #14fd7387
+def in_agent_words(view: str  # how experience is shown
+                  ) -> Stage:
+    "Put experience into the language of the agent's world; its provenance says which episode it was."
+    written = hasattr(view_named(view), "sources")
+    def put(experience, here):
+        if written or experience.task.world != here.task.world or "grammar" not in here.settings: return experience
+        said = in_words_of(experience, here.settings)
+        return said if said is experience else replace(said, provenance={**said.provenance, "adapted_from": said.provenance.get("adapted_from", experience.id)})
+    def run(trajectory, candidates): return [(c._replace(experience=put(c.experience, trajectory)), None) for c in candidates]
+    return Stage("in_agent_words", run)
 
 # %% ../nbs/04_select.ipynb #d95605c7
 DEFAULT_STAGES = (exclude_same_task(), successes_only(), top_k(2))  # the paper's default is two experiences
 
-# %% ../nbs/04_select.ipynb #c4aba464
+# %% ../nbs/04_select.ipynb #e92cbbc6
 class Memory:
     "Experience for an agent: a retriever, a composition of the index, and stages."
     def __init__(self, retriever: Retriever,
@@ -305,7 +319,7 @@ class Memory:
         view_named(view)  # an unknown view is an error here, not in the middle of an episode
         self.retriever, self.composition, self.view, self.adapted, self.pool, self.only = retriever, composition, view, adapted, pool, dict(only or {})
         if self.only: retriever.store.find(**self.only)  # and so is a filter that the store does not know
-        self.stages = with_adaptation(stages) if adapted else tuple(stages)
+        self.stages = before_counting(stages, adapt_to_goal()) if adapted else tuple(stages)
         if wrong := [s.settings["view"] for s in self.stages if s.settings.get("view", view) != view]:
             raise ValueError(f"the token budget counts the view {wrong[0]!r}, and this memory shows {view!r}; give both the same view")
 
@@ -314,10 +328,11 @@ class Memory:
         "The experience to read before acting on."
         n, allow = self.pool, composition(self.retriever.store, self.composition, trajectory.task)
         if self.only: allow &= frozenset(self.retriever.store.find(**self.only))
+        stages = before_counting(self.stages, in_agent_words(self.view))
         fetch = getattr(self.retriever, "fetch", None) or (lambda hit: self.retriever.store.get(hit.id))
         while True:
             hits = self.retriever.search(trajectory, n, allow)
-            kept, dropped = run_stages(self.stages, trajectory, [Candidate(h, fetch(h)) for h in hits])
+            kept, dropped = run_stages(stages, trajectory, [Candidate(h, fetch(h)) for h in hits])
             full = any(s.limits and any(d.stage == s.name for d in dropped) for s in self.stages)
             if full or len(hits) < n or not any(s.limits for s in self.stages): break
             n *= 4

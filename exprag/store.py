@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOME', 'COLUMNS', 'CUE_WORDS', 'SENTENCE', 'VIEWS', 'ELSEWHERE', 'UnknownTrajectory', 'Added', 'spell_step',
-           'spell', 'row_of', 'author_of', 'with_outcome', 'settle', 'conditions', 'Episodes', 'id_set_hash', 'Derived',
-           'Store', 'chat', 'cue', 'actions', 'view']
+           'spell', 'row_of', 'author_of', 'with_outcome', 'settle', 'conditions', 'Kept', 'Episodes', 'id_set_hash',
+           'Derived', 'Store', 'chat', 'cue', 'actions', 'view']
 
 # %% ../nbs/02_store.ipynb #68398c22
 import json
@@ -119,9 +119,9 @@ def conditions(sets: Mapping[str, Iterable[str] | None],  # column to the values
     where += [(f"{k} ?", v) for k, v in bounds.items() if v is not None]
     return " AND ".join(["true", *(w for w, _ in where)]), [v for _, v in where]
 
-# %% ../nbs/02_store.ipynb #af3982ff
-class Episodes(Database):
-    "The episodes of a store: added once, found by their columns, read back whole."
+# %% ../nbs/02_store.ipynb #871cd9f2
+class Kept(Database):
+    "Episodes on their way in, and out: added once, removed with all that was made of them."
     def add(self, trajectory: Trajectory  # finished or not
            ) -> bool:  # False: this content was there already
         "Keep one episode; on disk when this returns."
@@ -144,6 +144,19 @@ class Episodes(Database):
             total = Added(total.added + new, total.known + len(chunk) - new)
         return total
 
+    def delete(self, id: str) -> bool:  # False: it was not there
+        "Remove an episode and everything derived from it that the store holds."
+        with self.writing() as connection: return connection.execute("DELETE FROM trajectories WHERE id = ?", [id]).rowcount == 1
+
+    def _one(self, sql, *values):
+        with self.reading() as connection: return connection.execute(sql, values).fetchone()
+
+    def _all(self, sql, *values):
+        with self.reading() as connection: return connection.execute(sql, values).fetchall()
+
+# %% ../nbs/02_store.ipynb #fa5969dd
+class Episodes(Kept):
+    "The episodes of a store: added once, found by their columns, read back whole."
     def get(self, id: str  # 32 hex digits
            ) -> Trajectory:
         "One episode; its content is checked against its id."
@@ -176,19 +189,9 @@ class Episodes(Database):
         "Whether any episode of this task is kept."
         return self._one("SELECT 1 FROM trajectories WHERE world = ? AND type = ? AND variation = ?", task.world, task.type, task.variation) is not None
 
-    def delete(self, id: str) -> bool:  # False: it was not there
-        "Remove an episode and everything derived from it that the store holds."
-        with self.writing() as connection: return connection.execute("DELETE FROM trajectories WHERE id = ?", [id]).rowcount == 1
-
     def __len__(self): return self._one("SELECT count(*) FROM trajectories")[0]
     def __bool__(self): return True
     def __contains__(self, id: str): return self._one("SELECT 1 FROM trajectories WHERE id = ?", id) is not None
-
-    def _one(self, sql, *values):
-        with self.reading() as connection: return connection.execute(sql, values).fetchone()
-
-    def _all(self, sql, *values):
-        with self.reading() as connection: return connection.execute(sql, values).fetchall()
 
     def _read(self, id, record):
         try: return Trajectory.from_dict(json.loads(record))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORE_RANGES', 'SCHEMA_VERSION', 'TrajectoryError', 'FrozenMap', 'freeze', 'thaw', 'Task', 'Step', 'finite',
-           'known_fields', 'normalise_score', 'canonical_json', 'Trajectory', 'trajectory_from_dict', 'Rejected',
-           'json_line', 'write_jsonl', 'iter_jsonl', 'read_jsonl']
+           'known_fields', 'normalise_score', 'canonical_json', 'Trajectory', 'checked_fields', 'trajectory_to_dict',
+           'trajectory_from_dict', 'Rejected', 'json_line', 'write_jsonl', 'iter_jsonl', 'read_jsonl']
 
 # %% ../nbs/00_trajectory.ipynb #fda06f49
 import hashlib
@@ -181,7 +181,7 @@ def canonical_json(value  # thawed JSON
     "One spelling for each JSON value: sorted keys, no spaces, ASCII."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
-# %% ../nbs/00_trajectory.ipynb #491c405f
+# %% ../nbs/00_trajectory.ipynb #4ebb6494
 @dataclass(frozen=True)
 class Trajectory:
     "One episode, finished (`score` is a number) or not (`score` is None)."
@@ -197,15 +197,7 @@ class Trajectory:
     extra: Mapping = FrozenMap()  # whatever else a log holds
 
     def __post_init__(self):
-        for name, kind in dict(task=Task, goal=str, first_observation=str, world_version=str, success=(bool, type(None))).items():
-            if not isinstance(getattr(self, name), kind):
-                raise TrajectoryError(f"trajectory {name} {getattr(self, name)!r} is a {type(getattr(self, name)).__name__}; see Trajectory's fields")
-        steps = tuple(self.steps)
-        for number, step in enumerate(steps, 1):
-            if not isinstance(step, Step): raise TrajectoryError(f"step {number} of {self.task} is a {type(step).__name__}; expected a Step")
-        object.__setattr__(self, "steps", steps)
-        if self.score is not None: object.__setattr__(self, "score", finite(self.score, "trajectory score"))
-        for name in ("settings", "provenance", "extra"): object.__setattr__(self, name, FrozenMap(getattr(self, name)))
+        for name, value in checked_fields(self).items(): object.__setattr__(self, name, value)
 
     def __len__(self): return len(self.steps)
     def __bool__(self): return True
@@ -243,16 +235,33 @@ class Trajectory:
 
     def to_dict(self) -> dict:
         "JSON-ready, with schema version and id."
-        rest = {k: thaw(getattr(self, k)) for k in ("settings", "provenance", "extra") if getattr(self, k)}
-        return {"schema": SCHEMA_VERSION, "id": self.id, "task": {f.name: getattr(self.task, f.name) for f in fields(Task)},
-                "goal": self.goal, "first_observation": self.first_observation, "steps": [s.to_dict() for s in self.steps],
-                "score": self.score, "success": self.success, "world_version": self.world_version, **rest}
+        return trajectory_to_dict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping  # what `to_dict` gave; unknown fields go to `extra`
                  ) -> "Trajectory":
         "The trajectory that a JSON object describes; an id that does not fit its content is an error."
         return trajectory_from_dict(record)
+
+# %% ../nbs/00_trajectory.ipynb #cc2c959b
+def checked_fields(trajectory: Trajectory) -> dict:  # the fields that are kept in another form than they were given
+    "Steps as a tuple, the score as a float, the maps frozen; or an error that names what is wrong."
+    for name, kind in dict(task=Task, goal=str, first_observation=str, world_version=str, success=(bool, type(None))).items():
+        if not isinstance(value := getattr(trajectory, name), kind):
+            raise TrajectoryError(f"trajectory {name} {value!r} is a {type(value).__name__}; see Trajectory's fields")
+    steps = tuple(trajectory.steps)
+    for number, step in enumerate(steps, 1):
+        if not isinstance(step, Step): raise TrajectoryError(f"step {number} of {trajectory.task} is a {type(step).__name__}; expected a Step")
+    score = None if trajectory.score is None else finite(trajectory.score, "trajectory score")
+    return {"steps": steps, "score": score, **{name: FrozenMap(getattr(trajectory, name)) for name in ("settings", "provenance", "extra")}}
+
+# %% ../nbs/00_trajectory.ipynb #1bdbc10d
+def trajectory_to_dict(trajectory: Trajectory) -> dict:
+    "The body of `Trajectory.to_dict`."
+    rest = {k: thaw(getattr(trajectory, k)) for k in ("settings", "provenance", "extra") if getattr(trajectory, k)}
+    return {"schema": SCHEMA_VERSION, "id": trajectory.id, "task": {f.name: getattr(trajectory.task, f.name) for f in fields(Task)},
+            "goal": trajectory.goal, "first_observation": trajectory.first_observation, "steps": [s.to_dict() for s in trajectory.steps],
+            "score": trajectory.score, "success": trajectory.success, "world_version": trajectory.world_version, **rest}
 
 # %% ../nbs/00_trajectory.ipynb #12dffa17
 def trajectory_from_dict(record: Mapping  # a JSON object

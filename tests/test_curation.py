@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exprag.care import Use, credit, doctor, usage
-from exprag.curation import LEVELS, POLICIES, Row, StalePlan, Trust, carry_out, coverage, curate, leaving, plan, reach, rows_of, staleness, trusted
+from exprag.curation import LEVELS, POLICIES, Row, StalePlan, Trust, carry_out, coverage, curate, leaving, make_room, plan, reach, rows_of, staleness, trusted
 from exprag.query import Hit, Retriever
 from exprag.select import Candidate
 from exprag.store import Store
@@ -90,6 +90,16 @@ def test_given_utilities_replace_the_noted_ones(store):
     store.add_many([episode(i) for i in range(4)])
     ids = store.find()
     assert plan(store, 2, utilities={ids[0]: 0.9, ids[1]: 0.8, ids[2]: -0.5}).evicted[0][0] == ids[2]
+
+
+def test_room_is_made_for_a_while(store):
+    cut = []
+    for i in range(1000, 1130):
+        store.add(made := episode(i))
+        cut.append(make_room(store, 100, keep=[made.id]))
+        assert len(store) <= 100 and made.id in store
+    assert [n for n in cut if n] == [6] * 5
+    with pytest.raises(ValueError, match="spare"): make_room(store, 100, spare=1)
 
 
 def test_a_plan_is_refused_when_the_store_has_changed(store):

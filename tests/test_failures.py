@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.failures import CAUSES, REFUSALS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, sources, sources_table, write_cases
+from exprag.failures import CAUSES, REFUSALS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, resumed, sources, sources_table, write_cases
 from exprag.results import EpisodeFile, Results, Run
 from exprag.trajectory import Step, Task, Trajectory
 
@@ -53,6 +53,15 @@ def test_the_curve_counts_only_experiences_that_long(pairs):
     for n, share in enumerate(curve):
         long = [c for c in made if len(c.lines) > n]
         assert share == sum(c.episode.actions[:n + 1] == c.lines[:n + 1] for c in long) / len(long)
+
+
+@given(WORDS, WORDS)
+def test_what_is_resumed_is_counted_after_the_first_departure(actions, lines):
+    c = case(actions, tuple(lines))
+    theirs = [a == b for a, b in zip(actions, lines)]
+    left = theirs.index(False) + 1 if False in theirs else len(theirs)
+    assert resumed([c]) == (sum(theirs[left:]), len(theirs[left:]))
+    assert resumed([c, c]) == tuple(2 * n for n in resumed([c]))
 
 
 def test_a_world_whose_refusals_nobody_told_is_an_error_with_the_way_out():

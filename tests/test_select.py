@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoders import Letters
+from exprag.alfworld_grammar import in_words_of
 from exprag.query import Hit, Retriever
 from exprag.select import (COMPOSITIONS, Candidate, Memory, NoMemory, Selection, adapt, adapt_to_goal, composition, exclude_same_task, noun_mapping,
                            order, run_stages, same_task, substitute, successes_only, token_budget, top_k)
-from exprag.store import Store, actions
+from exprag.store import VIEWS, Store, actions
 from exprag.trajectory import Step, Task, Trajectory
 
 
@@ -245,3 +246,58 @@ def test_adapt_rewrites_all_of_an_episode_and_nothing_else():
     assert (adapted.task, adapted.score, adapted.steps[0].reward) == (experience.task, experience.score, 1.0)
     assert adapt(experience, experience.goal) is experience and adapt(experience, "boil water") is experience
     assert adapt(experience, "grow a lemon in the bedroom") == adapted
+
+
+# The agent's language
+
+
+def household(i, grammar, walks=6):
+    arrived = "You arrive at desk {0}. " if grammar == "move" else ""
+    steps = [Step(f"go to desk {n}", (arrived + "On the desk {0}, you see a mug {0}, and a pen 1.").format(n)) for n in range(1, walks + 1)]
+    return Trajectory(Task("alfworld", "pick_and_place_simple", f"trial_{i}", "train"), f"put mug {i} on the desk.", "You are in the middle of a room.", tuple(steps), 1.0, True,
+                      settings={"grammar": grammar})
+
+
+def test_a_budget_counts_the_language_that_is_read(tmp_path):
+    count = lambda text: len(text.split())
+    with Store(tmp_path / "b.db") as store:
+        store.add_many([household(i, "move") for i in range(4)])
+        agent = replace(household(9, "put"), steps=(), score=None, success=None)
+        as_stored, as_read = count(actions(household(0, "move"))), count(actions(household(0, "put")))
+        assert as_read > as_stored + 10  # a cue is the first sentence, and on arriving that is another one
+        room = 2 * as_stored  # two would fit if they were read as they are stored
+        chosen = Memory(Retriever(store, Letters()), (exclude_same_task(), successes_only(), token_budget(room, count), top_k(3))).recall(agent)
+        read = [in_words_of(e, agent.settings) for e in chosen]
+        assert sum(count(actions(e)) for e in read) <= room and len(chosen) == 1
+
+
+def test_experience_comes_in_the_agents_language_and_says_whose_it_was(tmp_path):
+    with Store(tmp_path / "b.db") as store:
+        store.add_many([household(i, "put" if i else "move") for i in range(2)])
+        memory, agent = Memory(Retriever(store, Letters()), adapted=True), replace(household(9, "move"), steps=(), score=None, success=None)
+        mine, other = sorted(memory.recall(agent), key=lambda e: e.task)
+        assert other.actions == household(1, "move").actions and {e.settings["grammar"] for e in (mine, other)} == {"move"}
+        assert other.provenance["adapted_from"] == household(1, "put").id and set(memory.recall(agent).ids) == set(store.find())
+        unstated = replace(agent, settings={})  # an agent whose world does not say what it speaks reads what is stored
+        assert {e.settings["grammar"] for e in memory.recall(unstated)} == {"put", "move"}
+        assert "in_agent_words" not in str(memory.describe())  # nothing to choose, so no fingerprint changes
+
+
+def test_only_what_is_taken_is_translated(tmp_path):
+    untold = replace(household(3, "put"), settings={}, steps=(Step("look", "You see a desk 1."),), success=False, score=0.0)
+    with Store(tmp_path / "b.db") as store:
+        store.add_many([household(1, "put"), untold])
+        assert len(Memory(Retriever(store, Letters())).recall(replace(household(9, "move"), steps=(), score=None, success=None))) == 1
+
+
+def test_what_was_written_about_episodes_is_left_to_whoever_shows_it(tmp_path):
+    def told(trajectory): return "somebody's words"
+    told.sources = lambda trajectory: (trajectory.id,)
+    VIEWS["told"] = told
+    try:
+        with Store(tmp_path / "b.db") as store:
+            store.add(household(1, "put"))
+            chosen = Memory(Retriever(store, Letters()), view="told").recall(replace(household(9, "move"), steps=(), score=None, success=None))
+            assert chosen.experiences == (household(1, "put"),)  # the agent's chapter refuses it
+    finally:
+        del VIEWS["told"]

@@ -177,6 +177,28 @@ def test_a_budget_tells_briefly_before_it_drops(lengths, room, k, views):
         assert c.experience.id == found[c.hit.rank - 1].experience.id
 
 
+@given(st.lists(st.integers(0, 30), max_size=8), st.integers(0, 400), st.sampled_from([None, 0, 2, 5]))
+@settings(max_examples=60)
+def test_a_brief_view_is_the_last_resort(lengths, room, k):
+    found = candidates(*(episode(i, steps=n) for i, n in enumerate(lengths)))
+    whole, resort = fit(room, words, k=k)(standing(), found), fit(room, words, k=k, brief=["bare"])(standing(), found)
+    assert {c.experience.provenance["shown_as"] for c in whole[0]} <= {"chat", "actions"}  # views that keep what was done
+    assert [c.hit.id for c in whole[0]] == [c.hit.id for c in fit(room, words, ["actions"], k)(standing(), found)[0]]  # a chat never takes the place of a list
+    expected = whole if whole[0] else fit(room, words, ["bare"], k)(standing(), found)
+    assert [(c.hit.id, c.experience.provenance["shown_as"]) for c in resort[0]] == [(c.hit.id, c.experience.provenance["shown_as"]) for c in expected[0]]
+    assert [d.id for d in resort[1]] == [d.id for d in expected[1]]
+
+
+def test_a_budget_counts_each_text_once_and_only_when_needed():
+    seen = []
+    def count(text):
+        seen.append(text)
+        return words(text)
+    found = candidates(*(episode(i, steps=3) for i in range(6)))
+    fit(10**6, count, k=2, brief=["bare"])(standing(), found)
+    assert len(seen) == len(set(seen)) == 4  # two views of the two that are kept
+
+
 def test_a_budget_explains_itself_and_goes_with_the_prompt(retriever):
     prompt = pytest.importorskip("exprag.prompt")
     memory = Memory(retriever, (exclude_same_task(), successes_only(), fit(90, words, ("actions", "bare"), 3, label="words")), view="as_chosen")
@@ -190,6 +212,9 @@ def test_a_budget_explains_itself_and_goes_with_the_prompt(retriever):
     for wrong in ("actions", (), ("as_chosen",)):
         with pytest.raises(ValueError, match="give a list of one or more views"):
             fit(90, words, wrong)
+    for wrong in ("bare", ("as_chosen",)):
+        with pytest.raises(ValueError, match="perhaps one of brief views"):
+            fit(90, words, brief=wrong)
     with pytest.raises(KeyError, match="nonsense"):
         fit(90, words, ("nonsense",))
     with pytest.raises(ValueError, match="no view of its own"):
