@@ -261,8 +261,8 @@ def play(env: Environment, task: Task,  # where
     return Trajectory(task, info["goal"], observation, tuple(steps), world_version=env.world_version, settings=env.settings
                      ).finish(info["score"], info["success"], **provenance)
 
-# %% ../nbs/01_environment.ipynb #7b334639
-REMEMBERING_TYPES = ("test-conductivity-of-unknown-substances",)  # their gold path depends on those made before in the same simulator
+# %% ../nbs/01_environment.ipynb #620c40bb
+REMEMBERING_TYPES = ("test-conductivity", "test-conductivity-of-unknown-substances")  # their gold path depends on those made before in the same simulator
 
 def gold_path(env: ScienceWorldEnv, task: Task) -> tuple[str, ...]:
     "The actions of the simulator's own expert, some of which the simulator itself rejects."

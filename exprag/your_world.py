@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'READING', 'PATIENCE', 'TOOLS', 'SHOP_TEMPLATES', 'SHOP_FOLDS', 'open_shop', 'guarded', 'use_tool',
-           'ShopEnv', 'shop_tasks', 'tool_call', 'with_tool_calls', 'shop_expert']
+           'ShopEnv', 'shop_tasks', 'tool_call', 'with_tool_calls', 'shop_expert', 'action_of']
 
-# %% ../nbs/01g_your_world.ipynb #332522cc
+# %% ../nbs/01g_your_world.ipynb #5381398e
 import json
 import random
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .environment import known, play
@@ -137,3 +137,14 @@ def shop_expert(env: ShopEnv, task: Task) -> Trajectory | None:  # None: it fail
     plan = ("tables", f"schema {people}", f"schema {orders}", f"query {query}", f"answer {use_tool(database, 'query', query)}")
     made = play(env, task, plan, actor="expert")
     return with_tool_calls(made) if made.success else None
+
+# %% ../nbs/01g_your_world.ipynb #4af704b0
+def action_of(call: Mapping  # in OpenAI's form
+             ) -> str:
+    "The action that a tool call stands for: the inverse of `tool_call`."
+    tool, said = call["function"]["name"], call["function"].get("arguments") or "{}"
+    try: given = json.loads(said)
+    except ValueError: given = None
+    parameter = TOOLS.get(tool)
+    if isinstance(given, dict) and parameter in given: return f"{tool} {given[parameter]}"
+    return tool if given == {} else f"{tool} {said}"

@@ -361,6 +361,66 @@ def test_a_game_won_before_it_begins(altered, env):
         with pytest.raises(GameError): made.reset(task)
 
 
+# -- translating: ours against Fast Downward's own translator, in another process
+
+TRANSLATIONS = """
+import json, sys
+import fast_downward
+from exprag.alfworld_engine import parsed, sas_text
+for line in sys.stdin:
+    domain, problem = json.loads(line)
+    ours, theirs = sas_text(parsed(domain, problem)), fast_downward.pddl2sas(domain, problem)[1]
+    print(json.dumps([ours == theirs, theirs.count("begin_operator")]))
+"""
+
+
+def translations(pairs) -> list:
+    "Of each domain and problem: whether our translation is the translator's to the last byte, and how many operators it has."
+    said = subprocess.run([sys.executable, "-c", TRANSLATIONS, "no", "--options", "of", "ours"], capture_output=True, text=True, check=True, input="".join(json.dumps(pair) + "\n" for pair in pairs))
+    return [json.loads(line) for line in said.stdout.splitlines() if line.startswith("[")]
+
+
+def test_translations_are_the_translators(env, sample):
+    games = [read_game(task, sample[0]) for task in sample[1]]
+    made = translations([(g["pddl_domain"], g["pddl_problem"]) for g in games])
+    assert len(made) == 6 and all(same and count > 300 for same, count in made)
+
+
+LAMPS = """
+(define (domain lamps)
+ (:requirements :adl :typing :derived-predicates)
+ (:types lamp room - thing)
+ (:constants hall - room)
+ (:predicates (in ?l - lamp ?r - room) (on ?l - lamp) (broken ?l - lamp) (dark ?r - room) (bright ?r - room) (next ?a - room ?b - room) (here ?r - room) (done))
+ (:functions (total-cost))
+ (:derived (bright ?r - room) (exists (?l - lamp) (and (in ?l ?r) (on ?l))))
+ (:action go :parameters (?a - room ?b - room) :precondition (and (here ?a) (next ?a ?b)) :effect (and (not (here ?a)) (here ?b) (increase (total-cost) 2)))
+ (:action press :parameters (?l - lamp ?r - room) :precondition (and (here ?r) (in ?l ?r))
+  :effect (and (when (on ?l) (not (on ?l))) (when (and (not (on ?l)) (not (broken ?l))) (on ?l)) (increase (total-cost) 1)))
+ (:action storm :parameters () :precondition (here hall) :effect (and (forall (?l - lamp) (not (on ?l))) (done)))
+ (:action swap :parameters (?l - lamp ?m - lamp ?r - room ?s - room) :precondition (and (in ?l ?r) (in ?m ?s) (not (= ?l ?m)) (or (not (on ?l)) (on ?m)))
+  :effect (and (not (in ?l ?r)) (not (in ?m ?s)) (in ?l ?s) (in ?m ?r)))
+ (:action read :parameters (?r - room) :precondition (and (here ?r) (bright ?r)) :effect (done))
+ (:action sleep :parameters (?r - room) :precondition (and (here ?r) (not (bright ?r)) (not (broken l1))) :effect (and (broken l1) (not (done))))
+ (:action stay :parameters (?r - room) :precondition (here ?r) :effect (and (not (here ?r)) (here ?r))))
+""".replace("(:constants hall - room)", "(:constants hall - room l1 - lamp)")
+
+
+def lamps(goal: str, facts: str = "", more: str = "") -> str:
+    return (f"(define (problem p) (:domain lamps) (:objects l2 l3 - lamp cellar attic - room)\n(:init (here hall) (next hall cellar) (next cellar hall) (next hall attic) (in l1 hall) (in l2 cellar) (in l3 attic) {facts})\n"
+            f"(:goal {goal})\n{more})")
+
+
+def test_translations_of_what_alfworld_has_not():
+    "Conditional and quantified effects, derived facts in preconditions, negative goals, costs, and goals out of reach."
+    pytest.importorskip("fast_downward", reason="needs the extra: pip install 'exprag[alfworld]'")
+    goals = ("(done)", "(and (here cellar) (on l2))", "(bright attic)", "(exists (?l - lamp) (and (on ?l) (in ?l cellar)))", "(forall (?r - room) (bright ?r))", "(broken l3)",
+             "(and (done) (not (bright hall)))", "(or (on l1) (on l3))", "(here attic)")
+    cases = [(LAMPS, lamps(goal, facts, more)) for goal in goals for facts, more in (("", ""), ("(on l1) (broken l2)", ""), ("(= (total-cost) 0)", "(:metric minimize (total-cost))"))]
+    made = translations(cases)
+    assert len(made) == 27 and [case[1] for case, (same, _) in zip(cases, made) if not same] == [] and sum(count > 10 for _, count in made) >= 21
+
+
 # -- what is kept on disk
 
 def test_translations_are_kept_and_damaged_ones_made_again(env, sample, tmp_path):
@@ -550,6 +610,12 @@ def test_the_list_is_the_files(whole):
 def test_all_of_the_record_again(whole):
     rows = json.loads((NBS / "data" / "alfworld_replay.json").read_text())
     assert [transcript(whole, Task.parse(row["task"])) for row in rows] == [(row["text"], True) for row in rows]
+
+
+@pytest.mark.slow
+def test_translations_of_a_hundred_games_are_the_translators(whole):
+    games = [read_game(task, whole.data) for task in random.Random(1).sample([t for fold in FOLD_FOLDERS for t in alfworld_tasks(fold)], 100)]
+    assert [same for same, _ in translations([(g["pddl_domain"], g["pddl_problem"]) for g in games])] == [True] * 100
 
 
 @pytest.mark.slow

@@ -1,6 +1,4 @@
 "Collecting, with real worlds and real kills."
-import hashlib
-import json
 import os
 import random
 import signal
@@ -20,7 +18,7 @@ from exprag.expert import attempted, expert
 from exprag.store import Store
 from exprag.trajectory import Task, Trajectory, read_jsonl, write_jsonl
 from counting import Count, by_chance, counted, counts, fails, slowly
-from killing import compared, harass
+from killing import compared, harass, pace
 from worlds import MARK, QUICK, gone, java_children, marked
 
 FAILING = Task("scienceworld", "freeze", 11, "train")
@@ -162,7 +160,7 @@ from functools import partial
 sys.path.insert(0, sys.argv[1])
 from exprag.collecting import collect
 from counting import Count, counts, slowly
-collect(counts(60), lambda t: print(t.task.variation, flush=True), 2, partial(slowly, seconds=30), progress=False, env_factory=Count)
+collect(counts(60), lambda t: print(t.task.variation, flush=True), 2, partial(slowly, seconds=300), progress=False, env_factory=Count)
 """
 
 
@@ -170,11 +168,12 @@ collect(counts(60), lambda t: print(t.task.variation, flush=True), 2, partial(sl
 def test_a_collector_that_is_killed_leaves_no_worker_not_even_a_busy_one(how):
     collector = subprocess.Popen([sys.executable, "-c", COLLECTOR, str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert collector.stdout.readline().strip() == "0"
-    assert len(marked(os.environ[MARK])) == 3  # it, and two workers that sleep for half a minute
+    while len(marked(os.environ[MARK])) < 3 and collector.poll() is None: time.sleep(0.05)
+    assert len(marked(os.environ[MARK])) == 3  # it, and two workers that sleep for minutes
     collector.send_signal(how)
     collector.wait(timeout=60)
     collector.stdout.close()
-    assert gone(os.environ[MARK], 5)
+    assert gone(os.environ[MARK], 60)
 
 
 def test_a_script_without_a_main_guard_works(tmp_path):
@@ -263,7 +262,7 @@ def clean(result, store):
 
 def test_twenty_seconds_of_killing(tmp_path):
     pytest.importorskip("textworld_express", reason="needs the extra: pip install 'exprag[express]'")
-    result = harass(tmp_path, 20, ["textworld-express"], count=400, timeout=6, pause=0.7)
+    result = harass(tmp_path, 20, ["textworld-express"], count=400, timeout=max(6, 4 * pace(["textworld-express"])), pause=0.7)
     assert sum(result["kills"].values()) >= 3 and result["kept"] >= result["acknowledged"] > 0
     clean(result, tmp_path / "kept.db")
 
@@ -271,7 +270,8 @@ def test_twenty_seconds_of_killing(tmp_path):
 @pytest.mark.slow
 def test_ten_minutes_of_killing(tmp_path):
     pytest.importorskip("textworld_express", reason="needs the extra: pip install 'exprag[express]'")
-    result = harass(tmp_path, 600, ["scienceworld", "textworld-express"], count=4000, timeout=40, pause=4)
+    worlds = ["scienceworld", "textworld-express"]
+    result = harass(tmp_path, 600, worlds, count=4000, timeout=max(40, 4 * pace(worlds)), pause=4)
     assert min(result["kills"][k] for k in ("worker", "world", "hang", "collector")) > 0
     clean(result, tmp_path / "kept.db")
 
@@ -300,21 +300,23 @@ def random_tasks(world: str, count: int) -> list[Task]:
     return chance.sample([t for game in GAMES for fold in ("train", "dev", "test") for t in express_tasks(game, fold)], count)
 
 
-def digest(tasks: list[Task], workers: int) -> str:
+def transcripts(tasks: list[Task], workers: int) -> dict[str, str]:
+    "Task -> hash of its episode's content."
     made = []
     report = collect(tasks, made.append, workers, opening, progress=False)
     assert report.kept == len(tasks) and not report.failed
-    return hashlib.sha256(json.dumps(sorted([str(t.task), t.id] for t in made)).encode()).hexdigest()
+    return {str(t.task): t.id for t in made}
 
 
 def same_everywhere(world: str, count: int):
     tasks = random_tasks(world, count)
-    first = digest(tasks, 1)
-    assert digest(tasks[::-1], 2) == first  # other processes, another order, another number of workers
+    first = transcripts(tasks, 1)
+    other = transcripts(tasks[::-1], 2)  # other processes, another order, another number of workers
+    assert [name for name, id in sorted(other.items()) if first[name] != id] == [] and len(other) == len(first)
     player = Player({world: World(WORLDS[world].environment, opening)}, {})
-    here = sorted([str(t), player.play(t).id] for t in sorted(tasks))  # this process, a third order
+    here = {str(t): player.play(t).id for t in sorted(tasks)}  # this process, a third order
     player.close()
-    assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == first
+    assert [name for name, id in here.items() if first[name] != id] == []
 
 
 def needs(world: str):

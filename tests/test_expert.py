@@ -1,7 +1,7 @@
 "The expert, in the real simulator."
 import pytest
 
-from exprag.environment import EXPERT_LENGTHS, MENDELIAN_TYPES, fits_template, play, scienceworld_tasks, spread
+from exprag.environment import EXPERT_LENGTHS, MENDELIAN_TYPES, REMEMBERING_TYPES, fits_template, play, scienceworld_tasks, spread
 from exprag.expert import AMBIGUOUS, REJECTED, WAIT_TICKS, accepted, attempted, expert, shortest_walk, tidied, wait_instead, way_to
 from exprag.trajectory import Step, Trajectory
 from worlds import QUICK, TYPES, env, task  # noqa: F401
@@ -66,8 +66,9 @@ def test_a_gold_path_that_fails_is_not_kept(env):
     assert marked.success is False and 0 < marked.score < 100 and len(marked) and "tidy" not in marked.provenance and accepted(marked) == marked.actions
 
 
-def test_the_type_that_remembers_is_made_to_forget(env):
-    first, second = scienceworld_tasks("train", ["test-conductivity-of-unknown-substances"])[:2]
+@pytest.mark.parametrize("kind", REMEMBERING_TYPES)
+def test_a_type_that_remembers_is_made_to_forget(env, kind):
+    first, second = scienceworld_tasks("train", [kind])[:2]
     alone = expert(env, first).id
     expert(env, second)
     assert expert(env, first).id == alone

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from exprag.agent import Action, rollout
 from exprag.chat import from_messages, to_messages
 from exprag.collecting import WORLDS, World, collect
-from exprag.environment import Environment, play
+from exprag.environment import OWN_WORLDS, Environment, action_templates, fits_template, hard_types, play, register_world, side, step_cap, world_of
 from exprag.prompt import PromptFormat
 from exprag.select import NoMemory
 from exprag.store import Store
-from exprag.trajectory import Task, read_jsonl, write_jsonl
-from exprag.your_world import (QUESTIONS, SHOP_FOLDS, SHOP_TEMPLATES, ShopEnv, open_shop, shop_expert, shop_tasks, tool_call, use_tool, with_tool_calls)
+from exprag.trajectory import SCORE_RANGES, Task, normalise_score, read_jsonl, write_jsonl
+from exprag.your_world import (
+    QUESTIONS, SHOP_FOLDS, SHOP_TEMPLATES, TOOLS, ShopEnv, action_of, open_shop, shop_expert, shop_tasks, tool_call, use_tool, with_tool_calls)
 
 FIRST = Task("shop", "count-orders", 0, "train")
 
@@ -126,7 +127,55 @@ def test_writing_calls_twice_is_writing_them_once():
     assert with_tool_calls(with_tool_calls(plain)) == with_tool_calls(plain) and [len(s.tool_calls) for s in with_tool_calls(plain).steps] == [1, 0, 1]
 
 
+@given(st.sampled_from(sorted(TOOLS)), st.text(max_size=30))
+def test_a_call_stands_for_its_action(tool, argument):
+    action = f"{tool} {argument.strip()}" if TOOLS[tool] and argument.strip() else tool
+    again = action_of(tool_call(1, action))
+    assert again.strip() == action.strip() and tool_call(1, again) == tool_call(1, action)
+
+
+@pytest.mark.parametrize("arguments, seen", [("{", "Error: "), ("[]", "Error: "), ("7", "Error: "), ('{"text": "SELECT 1"}', "Error: "), ('{"sql": "SELECT 1"}', "1"), ('{"sql": 1}', "Error: "), (None, "Nothing."), ("", "Nothing.")])
+def test_a_call_that_is_none_is_answered(arguments, seen):
+    env = ShopEnv()
+    env.reset(FIRST)
+    assert env.step(action_of({"function": {"name": "query", "arguments": arguments}}))[0].startswith(seen)
+    assert env.step(action_of({"function": {"name": "sing", "arguments": '{"sql": "x"}'}}))[0].startswith("There is no tool 'sing'")
+
+
+class Caller:
+    "A policy whose model reads messages and answers with tool calls, here those of the expert."
+    name, batch_size = "caller", 3
+
+    def reset(self): pass
+    def describe(self): return {"name": self.name}
+    def act(self, trajectories, experiences=None, keys=None): return [Action(action_of(self.call(to_messages(with_tool_calls(t)), t.task)), 0, 0, 0, "end") for t in trajectories]
+
+    def call(self, messages, task):
+        answered = sum(m["role"] == "tool" for m in messages)
+        assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == [f"call_{i}" for i in range(1, answered + 1)], "it sees its calls with their results"
+        return shop_expert(ShopEnv(), task).steps[answered].tool_calls[0]
+
+
+def test_a_policy_that_calls_tools_rolls_out():
+    tasks = shop_tasks("test", ["count-orders"])[:4]
+    made = sorted((with_tool_calls(t) for t in rollout(Caller(), ShopEnv, tasks)), key=lambda t: t.task)
+    assert [t.id for t in made] == [shop_expert(ShopEnv(), t).id for t in tasks] and all(t.success and all(s.tool_calls for s in t.steps) for t in made)
+
+
 # ---- through the library ----
+
+def test_registered_it_is_collected_with_its_calls_and_known_by_its_types(tmp_path, monkeypatch):
+    monkeypatch.setitem(WORLDS, "shop", World("exprag.your_world:ShopEnv", "exprag.your_world:shop_expert"))
+    register_world("shop", easy=["count-orders"], hard=["best-seller"], templates=SHOP_TEMPLATES, cap=7, scores=(0, 1))
+    try:
+        with Store(tmp_path / "s.db") as store:
+            assert collect(shop_tasks("train", ["count-orders", "best-seller"])[::6], store, workers=2, progress=False).kept == 4
+            kept = list(store)
+        assert all(action_of(s.tool_calls[0]) == s.action for t in kept for s in t.steps) and {fits_template(a, "shop") for t in kept for a in t.actions} == set(action_templates("shop"))
+        assert (world_of("best-seller"), side("best-seller"), hard_types("shop"), step_cap("best-seller"), normalise_score("shop", 1)) == ("shop", "hard", ("best-seller",), 7, 1)
+        assert "; ".join(SHOP_TEMPLATES) in PromptFormat(instruction="Answer.").system("shop")
+    finally: OWN_WORLDS.pop("shop", None), SCORE_RANGES.pop("shop", None)
+
 
 def test_collects_like_any_world(tmp_path, monkeypatch):
     monkeypatch.setitem(WORLDS, "shop", World("exprag.your_world:ShopEnv", "exprag.your_world:shop_expert"))
