@@ -21,11 +21,11 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #772e23f3
+# %% ../nbs/09b_small_model.ipynb #eeaf6bed
 from .environment import EASY_TYPES, scienceworld_tasks
 from .collecting import collect
-from .lookup import (Document, Words, curriculum, periodic, places, play_texts, plays, pointing, procedures, random_play, reach,
-                           repeats, replays, train_tokenizer)
+from .lookup import Document, Words, curriculum, places, pointing, reach
+from .play import play_texts, random_play, train_tokenizer
 from .sft import Manifest
 from .trajectory import read_jsonl, write_jsonl
 

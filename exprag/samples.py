@@ -63,12 +63,12 @@ class Recipe:
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"recipe {self.name!r}: weights {self.weights!r} is unknown; choose 'float32' or 'bfloat16'")
 
-# %% ../nbs/06a_samples.ipynb #465a9400
+# %% ../nbs/06a_samples.ipynb #6b45e138
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of a Llama or Qwen block
 RECIPES = {
     "paper": Recipe(),
     "paper-alfworld": Recipe(name="paper-alfworld", epochs=9),
-    "nano": Recipe(name="nano", r=32, alpha=64, dropout=0.0, targets=LINEAR, lr=2e-3, schedule="constant_with_warmup", warmup=10,
+    "nano": Recipe(name="nano", r=32, alpha=64, dropout=0.0, targets=LINEAR, lr=5e-4, schedule="constant_with_warmup", warmup=10,
                    optimizer="adamw_torch", max_steps=120, batch=8, micro_batch=1, max_length=8192, weights="float32",
                    autocast=True, checkpointing=False, save_steps=25),
 }
