@@ -37,7 +37,7 @@ FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", 
 CONTROLS = ("replay", "random experience", "oracle experience")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # the Mendelian types take a minute an episode
 
-# %% ../nbs/10_demo.ipynb #c6335385
+# %% ../nbs/10_demo.ipynb #015b4551
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -52,7 +52,6 @@ class Plan:
     counter: str = "{n}"  # what the world counts with: the number of the action that comes next, in every condition alike
     tidy: str = "teleport"  # how an expert gets about; experience that begins with a teleport does not depend on the room one starts in
     constrain: str | None = None  # 'templates': actions are written within the action templates, in every condition alike
-    paired: str = "procedure"  # which experience a lesson is taught with: nearest to what its expert did, or 'goal', found as at test
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
     drop_memory: float = 0.0  # share of training contexts left without experience
     longest: int = 32  # steps of an episode that is learnt from: longer ones cost most of the time
@@ -103,14 +102,13 @@ def allowed(recipe: Recipe, samples: int) -> Recipe:
     optimizer = recipe.optimizer if there or not recipe.optimizer.endswith("8bit") else "adamw_torch"
     return replace(recipe, optimizer=optimizer, batch=max(recipe.micro_batch, min(recipe.batch, samples - samples % recipe.micro_batch)))
 
-# %% ../nbs/10_demo.ipynb #eba10c12
+# %% ../nbs/10_demo.ipynb #470c618f
 def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
         encoder,  # a `PromptEncoder`
         progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
     "Train (or find trained) the plain and the combined adapter."
     demonstrations = [t for t in map(store.get, store.find(types=plan.easy_types, folds=["train"])) if len(t) <= plan.longest]
-    taught = condition({"procedure": "oracle experience", "goal": "ExpRAG-LoRA"}[known(plan.paired, ("procedure", "goal"), "pairing")], k=plan.k)
-    memory = memory_for(taught, retriever, {t.task: t.actions for t in demonstrations}, view=plan.view, adapted=plan.adapted)
+    memory = memory_for(condition("ExpRAG-LoRA", k=plan.k), retriever, view=plan.view, adapted=plan.adapted)
     recalled = retrieve_for_training(demonstrations, memory, plan.drop_memory, seed=plan.seed)
     plain, combined = make_samples(demonstrations, encoder), make_samples(demonstrations, encoder, recalled)
     check_aligned(plain, combined)

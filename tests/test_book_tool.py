@@ -264,6 +264,9 @@ class TestRules:
         complaints = checking.no_machine(toy)
         assert any("names this machine" in line for line in complaints)
         assert "02_paths, cell 3 shows a path of this machine: /home/somebody/x" in complaints
+        (toy.root / "nbs" / "runs" / "a").mkdir(parents=True)
+        (toy.root / "nbs" / "runs" / "a" / "recipe.json").write_text(json.dumps(str(toy.root)))
+        assert checking.no_machine(toy) == complaints, "what a run leaves is not kept"
 
     def test_an_unknown_rule(self, toy):
         with pytest.raises(BookError, match="There are: export_in_sync"):

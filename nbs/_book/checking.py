@@ -164,7 +164,7 @@ def no_machine(book: Book) -> list[str]:
     names = "|".join(map(re.escape, machine_names(book)))
     pattern = re.compile(rf"(?<![\w.])(?:{names})(?![\w-])" if names else "(?!)")
     files = sorted({path for glob in (*TEXT_FILES, f"{book.library}/**/*") for path in book.root.glob(glob)
-                    if path.is_file() and path.suffix in TEXT_ENDINGS})
+                    if path.is_file() and path.suffix in TEXT_ENDINGS and "runs" not in path.relative_to(book.root).parts})  # runs/ is not kept
     for path in files:
         text = path.read_text(encoding="utf-8", errors="replace")
         problems += [f"{path.relative_to(book.root)} names this machine: {found}" for found in set(pattern.findall(text))]
