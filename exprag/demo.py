@@ -6,11 +6,10 @@
 __all__ = ['FIVE', 'CONTROLS', 'DEMO_TYPES', 'PLANS', 'Plan', 'demo_tasks', 'demo_panel', 'gather', 'allowed', 'fit', 'Pool',
            'Lent', 'compare_conditions', 'demo', 'write_report']
 
-# %% ../nbs/10_demo.ipynb #5c404812
+# %% ../nbs/10_demo.ipynb #d2fe3dad
 import json
 import os
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -144,7 +143,7 @@ class Lent:
         if self._env is not None: self._pool.idle.append(self._env)
         self._env = None
 
-# %% ../nbs/10_demo.ipynb #16527d52
+# %% ../nbs/10_demo.ipynb #85411eca
 def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: Path, model: str, progress: bool = True):  # -> Results
     "Evaluate every condition of the plan on its panel; what is on disk is not played again."
     base = Manifest.read(model_path(model)) if Path(model_path(model), "manifest.json").exists() else Manifest("pretraining", model, known=False)
@@ -152,7 +151,7 @@ def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: 
     with Pool(lambda: ScienceWorldEnv(tasks.settings["simplification"])) as pool:
         runs, paths = [], None
         if "oracle experience" in plan.conditions:
-            with closing(pool.lend()) as env: paths = oracle_paths(env, tasks.tasks)
+            with ScienceWorldEnv(tasks.settings["simplification"]) as env: paths = oracle_paths(env, tasks.tasks)  # its own: some experts want a new simulator
         for name in plan.conditions:
             chosen = condition(name, k=plan.k, seed=plan.seed)
             policy = ReplayPolicy() if chosen.policy == "replay" else HFPolicy.from_pretrained(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from chat_models import make_model, make_tokenizer
-from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo_panel, demo_tasks
+from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo, demo_panel, demo_tasks
 from exprag.environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, side
 from exprag.samples import RECIPES
 
@@ -53,6 +53,12 @@ def test_run_again_it_reuses_what_is_there(finished):
     before = {f: f.stat().st_mtime_ns for kind in ("episodes/*/episodes.jsonl", "adapters/*/report.json") for f in out.glob(kind)}
     again = run(out)
     assert again.returncode == 0 and {f: f.stat().st_mtime_ns for f in before} == before
+
+
+@pytest.mark.slow
+def test_the_oracle_asks_experts_that_want_a_new_simulator(tmp_path):
+    plan = replace(PLANS["quick"], types=("test-conductivity", "power-component"), conditions=(*FIVE, *CONTROLS))
+    assert set(demo(tmp_path, plan, threads=1, progress=False).names) == {*FIVE, *CONTROLS}
 
 
 @pytest.mark.slow

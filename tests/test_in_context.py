@@ -8,7 +8,7 @@ import pytest
 
 from exprag.agent import HFPolicy
 from exprag.evaluation import MOVES, teacher_forced
-from exprag.in_context import THREE, Tokens, forced_tokens, in_context, summary, three_memories
+from exprag.in_context import THREE, Tokens, copying, forced_tokens, in_context, summary, three_memories
 from exprag.prompt import PromptFormat
 from exprag.samples import Sample, token_losses
 from exprag.trajectory import Step, Task, Trajectory
@@ -69,3 +69,10 @@ def test_a_model_told_the_very_actions_is_less_surprised_than_one_told_others(po
     measured = in_context(policy, pairs, {"right": [(t,) for t in pairs], "another type's": [(FIND,), (BOIL,)], "none": [(), ()]})
     assert measured["right"]["loss"] < measured["another type's"]["loss"] and measured["right"]["loss"] < measured["none"]["loss"]
     assert all(math.isfinite(row["loss"]) and 0 <= row["actions"] <= 1 for row in measured.values())
+
+
+def test_how_far_copying_can_come():
+    moved = told("activate stove", "focus on substance in metal pot", "go to kitchen", "eat pot")
+    assert copying([BOIL], [(BOIL,)]) == {"same number": 1.0, "anywhere": 1.0}
+    assert copying([BOIL], [(moved,)]) == {"same number": 0.0, "anywhere": round(2 / 3, 4)}, "three deeds: one of BOIL's four actions is getting about"
+    assert copying([BOIL, FIND], [(), (FIND,)]) == {"same number": 0.4, "anywhere": 0.4}
