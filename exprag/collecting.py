@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORLDS', 'PR_SET_PDEATHSIG', 'LAUNCH', 'START_SECONDS', 'World', 'imported', 'world_named', 'make_environment',
            'world_expert', 'Player', 'answer', 'end_group', 'follow', 'die_with_parent', 'unpacked', 'serve',
-           'CollectError', 'packed', 'WorkerDied', 'Worker', 'Rota', 'attempt', 'judged', 'employ', 'sink_of',
-           'worlds_of', 'CollectReport', 'collect', 'chance_of']
+           'CollectError', 'packed', 'WorkerDied', 'Worker', 'Rota', 'attempt', 'judged', 'employ', 'next_of',
+           'sink_of', 'worlds_of', 'CollectReport', 'collect', 'chance_of']
 
 # %% ../nbs/01f_collecting.ipynb #f3d66413
 import base64
@@ -271,6 +271,13 @@ def employ(worker: Worker, rota: Rota, answers: queue.SimpleQueue, timeout: floa
         worker.kill(closed=True)
     except BaseException as error: answers.put(error)
 
+# %% ../nbs/01f_collecting.ipynb #9fe7fc81
+def next_of(answers: queue.SimpleQueue):
+    "The next that comes; a Ctrl-C that arrives just before the wait begins would not end it, so it wakes up once a second."
+    while True:
+        try: return answers.get(timeout=1)
+        except queue.Empty: pass
+
 # %% ../nbs/01f_collecting.ipynb #e2d1589e
 def sink_of(sink, done: Callable[[Task], bool] | None) -> tuple[Callable[[Trajectory], object], Callable[[Task], bool]]:
     "What keeps an episode and what knows a task, from a store or from functions."
@@ -294,7 +301,7 @@ class CollectReport:
     failed: tuple[tuple[Task, str], ...]  # tasks without a trajectory, and why
     restarted: int  # worlds that died or hung and were replaced
 
-# %% ../nbs/01f_collecting.ipynb #928e0dd4
+# %% ../nbs/01f_collecting.ipynb #54d11e98
 def collect(tasks: Iterable[Task],  # which, of any worlds; each once
             sink,  # a store, or a function; called in this thread as each episode is done, in no fixed order
             workers: int = 1,  # processes at a time, each with one world open (ScienceWorld: about 400 MB)
@@ -319,7 +326,7 @@ def collect(tasks: Iterable[Task],  # which, of any worlds; each once
     try:
         for thread in threads: thread.start()
         for _ in tqdm(wanted, disable=not progress, desc="episodes", initial=len(tasks) - len(wanted), total=len(tasks)):
-            if isinstance(said := answers.get(), BaseException): raise said
+            if isinstance(said := next_of(answers), BaseException): raise said
             task, reply, replaced = said
             restarted += replaced
             made, reason = judged(task, reply, failures if failures is not None else run is not None)
