@@ -276,14 +276,14 @@ def write_index(path: Path,
         os.unlink(temporary)
         raise
 
-# %% ../nbs/03_query.ipynb #19c386a2
+# %% ../nbs/03_query.ipynb #c29f1034
 def read_index(path: Path,
                expected: dict,  # encoder, key, store
                threads: int  # of FAISS
               ) -> tuple[ExactIndex | None, str]:  # the index, or None and why it must be rebuilt
     "Read an index file that fits; one made with another encoder or key is an error."
     if not path.exists(): return None, "there was no file"
-    magic, _, rest = (data := path.read_bytes()).partition(b"\n")
+    magic, _, rest = path.read_bytes().partition(b"\n")
     head, _, body = rest.partition(b"\n")
     try: header = json.loads(head)
     except ValueError: header = None

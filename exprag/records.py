@@ -8,7 +8,7 @@ __all__ = ['Report', 'PIECE', 'MAGICS', 'LIMIT', 'MARKS', 'STRING_END', 'ROWS', 
            'arrow', 'rows', 'plain', 'records', 'chained', 'Sorter', 'difference', 'patched', 'replacing', 'to_line',
            'write_records', 'write_rows']
 
-# %% ../nbs/00c_records.ipynb #c859226b
+# %% ../nbs/00c_records.ipynb #e4a1cbf7
 import codecs
 import json
 import os
@@ -17,7 +17,7 @@ import sqlite3
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path

@@ -9,7 +9,7 @@ __all__ = ['COMPOSITIONS', 'FUNCTION_WORDS', 'WORD', 'LEAST_ALIKE', 'LONGEST_NOU
            'noun_mapping', 'substitute', 'adapt', 'adapt_to_goal', 'digest_of', 'before_counting', 'in_agent_words',
            'Memory', 'NoMemory']
 
-# %% ../nbs/04_select.ipynb #176bb2c1
+# %% ../nbs/04_select.ipynb #0bdd0ddf
 import difflib
 import json
 import re
@@ -23,7 +23,7 @@ from .alfworld_grammar import in_words_of
 from .environment import side
 from .query import Hit, Retriever
 from .store import Store
-from .trajectory import FrozenMap, Step, Task, Trajectory, thaw
+from .trajectory import FrozenMap, Task, Trajectory, thaw
 from .views import view as view_named
 
 # %% ../nbs/04_select.ipynb #85f53493

@@ -8,7 +8,7 @@ __all__ = ['MODEL_FILES', 'MANIFEST_KINDS', 'RUN_FORMAT', 'LABELS', 'match_targe
            'RunReport', 'read_losses', 'last_checkpoint', 'step_line', 'bookkeeper', 'training_arguments',
            'torch_threads', 'train', 'make_trainer', 'finish_run']
 
-# %% ../nbs/06b_sft.ipynb #2edcee97
+# %% ../nbs/06b_sft.ipynb #81e746c3
 import hashlib
 import json
 import math
@@ -25,8 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .samples import (RECIPES, Recipe, Sample, check_samples, collate, make_samples, micro_batches, plan, planned_tokens,
-                            supervised_loss, token_losses)
+from .samples import Recipe, Sample, check_samples, collate, micro_batches, plan, planned_tokens, supervised_loss, token_losses
 from .trajectory import Task, canonical_json
 
 # %% ../nbs/06b_sft.ipynb #e9173ccc

@@ -7,7 +7,7 @@ __all__ = ['SCORE_RANGES', 'SCHEMA_VERSION', 'TrajectoryError', 'FrozenMap', 'fr
            'known_fields', 'normalise_score', 'canonical_json', 'Trajectory', 'checked_fields', 'trajectory_to_dict',
            'trajectory_from_dict', 'Rejected', 'json_line', 'write_jsonl', 'iter_jsonl', 'read_jsonl']
 
-# %% ../nbs/00_trajectory.ipynb #fda06f49
+# %% ../nbs/00_trajectory.ipynb #20f5f490
 import hashlib
 import json
 import math
@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, total_ordering
 from pathlib import Path
 

@@ -6,7 +6,7 @@
 __all__ = ['QUESTIONS', 'READING', 'PATIENCE', 'TOOLS', 'SHOP_TEMPLATES', 'SHOP_FOLDS', 'open_shop', 'guarded', 'use_tool',
            'ShopEnv', 'shop_tasks', 'tool_call', 'with_tool_calls', 'shop_expert', 'action_of']
 
-# %% ../nbs/01g_your_world.ipynb #5381398e
+# %% ../nbs/01g_your_world.ipynb #228bd38f
 import json
 import random
 import sqlite3
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .environment import known, play
-from .trajectory import FrozenMap, Step, Task, Trajectory
+from .trajectory import FrozenMap, Task, Trajectory
 
 # %% ../nbs/01g_your_world.ipynb #4a598747
 QUESTIONS = FrozenMap({  # task type -> what is asked, and the query that answers it

@@ -22,6 +22,7 @@ from exprag.alfworld_grammar import first_difference, grammar_of, in_words_of, r
 from exprag.environment import (
     ALFWORLD_EASY, ALFWORLD_HARD, ALFWORLD_PANELS, ALFWORLD_TEMPLATES, Environment, SimulatorError, action_templates, fits_template, panel, play, side, spread, step_cap)
 from exprag.trajectory import Step, Task, Trajectory, TrajectoryError, normalise_score
+from worlds import stop
 
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -452,7 +453,7 @@ def test_nowhere_to_keep_anything(env, sample, tmp_path):
 def test_an_engine_that_hangs_is_ended(env, sample):
     first = env.reset(sample[1][0])
     env.engine.timeout = 0.5
-    os.kill(env.engine.process.pid, signal.SIGSTOP)
+    stop(env.engine.process.pid)
     try:
         with pytest.raises(SimulatorError, match="took more than 0.5 s .*starts a new one"): env.step("look")
     finally: env.engine.timeout = 60
@@ -471,7 +472,7 @@ def test_a_killed_engine_is_an_error_and_the_next_reset_starts_another(env, samp
 def test_kill_from_another_thread(env, sample):
     import threading
     env.reset(sample[1][0])
-    os.kill(env.engine.process.pid, signal.SIGSTOP)
+    stop(env.engine.process.pid)
     threading.Timer(0.3, env.kill).start()
     with pytest.raises(SimulatorError, match="died"): env.step("look")
     assert env.reset(sample[1][0])[1]["steps"] == 0

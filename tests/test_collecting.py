@@ -155,7 +155,8 @@ def test_what_always_kills_is_given_up_with_the_reason(tmp_path):
 
 
 COLLECTOR = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may have had Ctrl-C ignored
 from functools import partial
 sys.path.insert(0, sys.argv[1])
 from exprag.collecting import collect
@@ -178,7 +179,7 @@ def test_a_collector_that_is_killed_leaves_no_worker_not_even_a_busy_one(how):
 
 def test_a_ctrl_c_that_comes_while_nobody_waits_is_not_lost():
     """The signal reaches another thread, so nothing ends the wait of the main one: as when it comes a moment before."""
-    code = ("import signal, threading, time\ndef keep(t):\n    print(t.task.variation, flush=True)\n    threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()\n"
+    code = ("import threading\ndef keep(t):\n    print(t.task.variation, flush=True)\n    threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()\n"
             + COLLECTOR.replace("lambda t: print(t.task.variation, flush=True)", "keep"))
     collector = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert collector.stdout.readline().strip() == "0"

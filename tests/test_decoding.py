@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from chat_models import make_model, make_tokenizer
+from chat_models import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 

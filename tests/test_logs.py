@@ -17,9 +17,9 @@ from trajectory_strategies import calm, call, example, text, trajectories, value
 from exprag.formats import FORMATS, KEPT, Options, read_record, write_record
 from exprag.logs import NAMES, detect, read_log, span_record, traced_episode, write_log
 from exprag.records import (
-    BadRecord, Damaged, Walk, difference, is_lines, patched, records, split_lines, split_values, to_line, write_records)
+    BadRecord, difference, is_lines, patched, split_lines, split_values, to_line, write_records)
 from exprag.spans import conversations, spans_of, to_any
-from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
+from exprag.trajectory import Step, Task, TrajectoryError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERSATIONS = [name for name in NAMES if name not in ("exprag", "otel")]

@@ -2,7 +2,7 @@
 from dataclasses import replace
 
 import pytest
-from chat_models import FAMILIES, GEMMA, MISTRAL, QWEN, QWEN3, make_tokenizer
+from chat_models import FAMILIES, MISTRAL, QWEN, QWEN3, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

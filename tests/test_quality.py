@@ -1,6 +1,4 @@
 "Retrieval quality: nDCG with ties, judging, rankers, tables."
-import json
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -10,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders import WordEncoder
-from exprag.environment import Panel, panel
 from exprag.quality import (QUALITY_MEASURES, Quality, by_chance, by_retriever, by_type, expected_by_rank, judge, mean_interval, ndcg, quality_by_novelty,
                             quality_outcomes, quality_table, read_quality, results_by_novelty, retrieval_quality, write_quality)
 from exprag.query import Retriever

@@ -11,7 +11,7 @@ import pytest
 from exprag import environment
 from exprag.environment import ScienceWorldEnv
 from exprag.simulator import JavaWorld, SimulatorError, find_java, java_version, start_simulator
-from worlds import QUICK, env, java_children, status  # noqa: F401
+from worlds import QUICK, env, java_children, status, stop  # noqa: F401
 
 
 # -- finding a Java
@@ -118,7 +118,7 @@ def test_a_simulator_that_hangs_is_given_up_and_replaced(capfd):
         made.timeout = 20.0
         first = made.reset(QUICK)
         hung = made._process
-        os.kill(hung.pid, signal.SIGSTOP)
+        stop(hung.pid)
         began = time.monotonic()
         with pytest.raises(SimulatorError, match="took more than 20 s in step.*starts a new one"): made.step("look around")
         assert 19 < time.monotonic() - began < 60 and hung.poll() is not None, "it is killed, not left"
@@ -129,7 +129,7 @@ def test_a_simulator_that_hangs_is_given_up_and_replaced(capfd):
 
 def test_another_thread_may_give_it_up(env):
     env.reset(QUICK)
-    os.kill(env._process.pid, signal.SIGSTOP)
+    stop(env._process.pid)
     threading.Timer(0.2, env.kill).start()
     with pytest.raises(SimulatorError, match="died in"): env.step("look around")
 

@@ -230,8 +230,8 @@ def test_rules(store):
     assert [Moved()(now[n], now[1]) for n in (0, 1, 2, 3)] == [True, False, True, False]
     assert not Moved(holding=False)(now[2], now[1]) and Moved(holding=False)(now[1], now[0])
     assert Drifted(retriever, 1.1)(now[1], now[1]) and not Drifted(retriever, 1.0)(now[1], now[1]) and not Drifted(retriever, -1.1)(now[4], now[0])
-    for rule in (Once(), Every(3), Moved(), Drifted(retriever, 0.9)):
-        assert json.dumps(rule.describe()) and rule.describe()["when"]
+    for each in (Once(), Every(3), Moved(), Drifted(retriever, 0.9)):
+        assert json.dumps(each.describe()) and each.describe()["when"]
 
 
 def test_rules_have_names(store):

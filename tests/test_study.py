@@ -17,7 +17,7 @@ from exprag.select import composition
 from exprag.situations import Every, Once, PlaceRetriever
 from exprag.statistics import compare
 from exprag.store import VIEWS, Store
-from exprag.study import (AHEAD, CHOICES, LIVE, Asked, Choice, Reader, Study, beginning, by_task, effects, effects_table, factorial, followed, found,
+from exprag.study import (AHEAD, CHOICES, LIVE, Asked, Choice, Reader, Study, beginning, effects, effects_table, factorial, followed, found,
                           interaction, plot_effects, procedure_hits, read_packed, read_studies, readable, shares, write_studies)
 from exprag.trajectory import Step, Task, Trajectory, read_jsonl
 from exprag.views import view

@@ -1,5 +1,6 @@
 """What the tests of worlds share: tasks, one simulator a module, and which processes there are."""
 import os
+import signal
 import time
 
 import pytest
@@ -19,6 +20,12 @@ def task(kind: str, variation: int = 0, fold: str = "train") -> Task:
 @pytest.fixture(scope="module")
 def env():
     with ScienceWorldEnv() as made: yield made
+
+
+def stop(pid: int):
+    "Stop a process of ours, and return when it has stopped: until then it may still answer a question."
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
 
 
 def status(pid: int) -> tuple[str, str, int] | None:
