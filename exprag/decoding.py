@@ -208,7 +208,7 @@ class Draft:
     text: str = ""
     stop: str = ""
 
-# %% ../nbs/05b_decoding.ipynb #16feb9fe
+# %% ../nbs/05b_decoding.ipynb #28ed17d7
 class Writer:
     "Writes actions token by token, greedily, in several rows of an engine."
 
@@ -248,7 +248,7 @@ class Writer:
 
     def best(self, draft: Draft, logits) -> tuple[int, float]:
         "The likeliest token that may come next, and its lead over the second."
-        if draft.templates is None:
+        if draft.templates is None and draft.text:
             first, second = logits.topk(2).values.tolist()
             return int((logits == first).nonzero()[0, 0]), first - second
         top, margin = None, self.close_call * float(logits.max() - logits.min())
@@ -262,7 +262,8 @@ class Writer:
         return top[1], float("inf")
 
     def may_follow(self, draft: Draft, token: int) -> bool:
-        "Whether the templates allow `token` here: an end only behind a whole action."
+        "Whether an action may go on with `token`: it says something, and if there are templates, it ends only where one does."
+        if draft.templates is None: return token not in self.ends and bool(self.read([*draft.out, token]))
         if token in self.ends: return any(fits(draft.text.rstrip(), t, True) for t in draft.templates)
         text = self.read([*draft.out, token])
         whole, newline, _ = text.partition("\n")

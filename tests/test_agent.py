@@ -5,9 +5,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import torch
 from chat_models import CORPUS, FAMILIES, make_model, make_tokenizer
 
 from exprag.agent import Action, Dynamic, Episode, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout
+from exprag.decoding import Draft
 from exprag.environment import ScienceWorldEnv, SimulatorError, action_templates, scienceworld_tasks
 from exprag.situations import Every, Once
 from exprag.store import VIEWS
@@ -146,6 +148,17 @@ def test_provenance_says_what_it_took():
     assert p["policy"] == policy_of().describe() and p["seconds"] >= 0 and p["tokens"]["generated"] > 0 and p["restarts"] == 0
     assert done.score == len(done) == CAPS["t0"] and done.success is False and done.steps[0].reward == 1.0
     json.dumps(done.to_dict())
+
+
+
+def test_an_action_says_something():
+    policy = policy_of("qwen", batch_size=1)
+    writer, end, newline = policy.writer, policy.encoder.tokenizer.eos_token_id, policy.encoder.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    wanted = policy.encoder.tokenizer("look", add_special_tokens=False)["input_ids"][0]
+    logits = torch.zeros(policy.model.config.vocab_size)
+    logits[[end, newline, wanted]] = torch.tensor([9.0, 8.0, 7.0])
+    assert writer.best(Draft([1], logits, 1, None), logits)[0] == wanted
+    assert writer.best(Draft([1], logits, 1, None, [wanted], "look"), logits) == (end, 1.0)
 
 
 def test_weights_tell_policies_apart():
