@@ -21,10 +21,10 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #eeaf6bed
+# %% ../nbs/09b_small_model.ipynb #b4ba5e92
 from .environment import EASY_TYPES, scienceworld_tasks
 from .collecting import collect
-from .lookup import Document, Words, curriculum, places, pointing, reach
+from .lookup import Document, Words, curriculum, places, pointing, reach, steady
 from .play import play_texts, random_play, train_tokenizer
 from .sft import Manifest
 from .trajectory import read_jsonl, write_jsonl
@@ -79,7 +79,7 @@ def new_model(tokenizer, shape: Shape = Shape(), seed: int = 0):
 # %% ../nbs/09b_small_model.ipynb #2c901786
 WEIGHT = {"play": 0.25}  # of a kind of document in the loss; 1 where not named
 
-# %% ../nbs/09b_small_model.ipynb #0566a5b8
+# %% ../nbs/09b_small_model.ipynb #fe89905d
 @dataclass(frozen=True)
 class Pretraining:
     "The recipe of a pre-training run."
@@ -87,11 +87,12 @@ class Pretraining:
     reach: int = 900_000  # to read after those, with long gaps
     places: int = 4_000_000  # to read after those, of lists whose place must be found
     pointing: int = 1_500_000  # to read after those, among misleading fragments
+    steady: int = 3_000_000  # to read after those, with mistakes
 
     @property
     def ends(self) -> tuple[int, ...]:
-        "Tokens read at the end of each of the four parts."
-        return tuple(accumulate((self.tokens, self.reach, self.places, self.pointing)))
+        "Tokens read at the end of each of the five parts."
+        return tuple(accumulate((self.tokens, self.reach, self.places, self.pointing, self.steady)))
     batch: int = 12  # documents a step
     lr_matrices: float = 0.02  # Muon
     lr_others: float = 0.003  # AdamW: embeddings, norms, biases
@@ -217,7 +218,7 @@ def speed_at(recipe: Pretraining, progress: dict  # step and tokens read
     left = (end - progress["tokens"]) / (end - begin)
     return max(0.02, 0.5 * left)
 
-# %% ../nbs/09b_small_model.ipynb #7d4e887f
+# %% ../nbs/09b_small_model.ipynb #2e5770b2
 def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
              recipe: Pretraining = Pretraining(), shape: Shape = Shape(),
              threads: int = 1,  # of PyTorch
@@ -234,7 +235,7 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
     play = gather_play(folder / "play.jsonl", recipe)
     tokenizer = train_tokenizer(play_texts(play), recipe.vocabulary)
     *starts, total = recipe.ends
-    words, phases = Words(tokenizer, play), (*curriculum(starts[0]), reach(starts[1]), *places(*starts[1:]), pointing(total))
+    words, phases = Words(tokenizer, play), (*curriculum(starts[0]), reach(starts[1]), *places(*starts[1:3]), pointing(starts[3]), steady(total))
     model = new_model(tokenizer, shape, recipe.seed).to(device)
     steppers = optimisers(model, recipe)
     progress = load_checkpoint(folder, model, steppers) or {"step": 0, "tokens": 0}
@@ -305,13 +306,13 @@ def load_nano(path: str | os.PathLike | None = None):  # -> (model, tokenizer)
     if not (place / "model.safetensors").exists(): raise FileNotFoundError(f"there is no small model in {place}; make one with `python -m exprag.nano OUT_DIR`")
     return AutoModelForCausalLM.from_pretrained(place, use_safetensors=True), AutoTokenizer.from_pretrained(place)
 
-# %% ../nbs/09b_small_model.ipynb #f75260d0
+# %% ../nbs/09b_small_model.ipynb #877e634a
 def main(arguments: Sequence[str] | None = None):
     "`python -m exprag.nano OUT_DIR`: make the small model again."
     import argparse
     parser = argparse.ArgumentParser(prog="python -m exprag.nano", description="Make the small model again; resumes what is half done.")
     parser.add_argument("out", help="directory for play, checkpoints and the finished model")
-    parser.add_argument("--tokens", type=int, default=Pretraining.tokens, help="to read in the first of the four parts (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=Pretraining.tokens, help="to read in the first of the five parts (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     given = parser.parse_args(arguments)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from chat_models import make_model, make_tokenizer
-from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo, demo_panel, demo_tasks
+from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo, demo_panel, demo_tasks, memory_of_lessons
 from exprag.environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, side
-from exprag.samples import RECIPES
+from exprag.query import Retriever, SentenceEncoder
+from exprag.samples import RECIPES, opening
+from exprag.store import Store
 
 COMMAND = [sys.executable, "-c", "import sys; from exprag.cli import main; sys.exit(main())", "demo", "--quick", "--threads", "1"]
 
@@ -88,6 +90,18 @@ def test_another_chat_model_goes_through_it_from_a_folder(family, tmp_path):
     done = run(tmp_path / "out", options=["--model", str(tmp_path / family), "--recipe", "nano"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ExpRAG-LoRA minus LoRA" in done.stdout and len(list((tmp_path / "out" / "adapters").glob("*/report.json"))) == 2
+
+
+def test_lessons_are_paired_by_what_was_done_or_by_goal(finished):
+    def near(a, b): return sum(x == y for x, y in zip(a.actions, b.actions)) / max(len(a), len(b))
+    with Store(next(finished[0].glob("experience-*.db"))) as store:
+        retriever, lessons = Retriever(store, SentenceEncoder()), [t for t in map(store.get, store.find(types=PLANS["quick"].easy_types)) if len(t) <= 32]
+        retriever.load(finished[0] / "experience.index")
+        shown = {how: [memory_of_lessons(replace(PLANS["quick"], pair=how), retriever, lessons).recall(opening(t)).experiences[0] for t in lessons] for how in ("goal", "procedure")}
+        with pytest.raises(ValueError, match="unknown way to pair lessons 'luck'"): memory_of_lessons(replace(PLANS["quick"], pair="luck"), retriever, lessons)
+    assert all(t.task != e.task for found in shown.values() for t, e in zip(lessons, found))
+    likeness = {how: [near(t, e) for t, e in zip(lessons, found)] for how, found in shown.items()}
+    assert sum(likeness["procedure"]) >= sum(likeness["goal"]) and {e.task.type for e in shown["procedure"]} <= set(EASY_TYPES)
 
 
 def test_the_paper_recipe_is_fitted_to_the_machine_and_the_samples():

@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 
 from exprag.environment import EASY_TYPES, side
-from exprag.lookup import Words, curriculum, periodic, places, pointing, procedures, reach, repeats
+from exprag.lookup import Document, Replay, Words, again, curriculum, done_again, longer_name, periodic, places, pointing, procedures, reach, repeats, spelled, steady
 from exprag.nano import Pretraining, Shape, load_nano, lookup_accuracy, nano_path, new_model, pretrain
 from exprag.play import play_texts, train_tokenizer
 from exprag.sft import Manifest
@@ -29,7 +29,7 @@ def words():
     return Words(tokenizer, [episode()])
 
 
-@pytest.mark.parametrize("generator", [g for phase in (*curriculum(), reach(10), *places(0, 10), pointing(10)) for _, _, g in phase.mix])
+@pytest.mark.parametrize("generator", [g for phase in (*curriculum(), reach(10), *places(0, 10), pointing(10), steady(10)) for _, _, g in phase.mix])
 def test_documents_are_as_long_as_asked_and_the_same_for_the_same_seed(words, generator):
     a, b = (generator(random.Random(5), words, 2000) for _ in range(2))
     assert a == b and len(a.ids) == len(a.mask) <= 2000 and sum(a.mask) > 0
@@ -41,6 +41,39 @@ def test_every_supervised_token_of_a_list_stands_before_it(words):
                          procedures(random.Random(seed), words, 2000)):
             for n, (token, supervised) in enumerate(zip(document.ids, document.mask)):
                 assert not supervised or token == words.end or token in document.ids[:n]
+
+
+def answers(words, document) -> list[tuple[list[int], int]]:
+    "The tokens of each thing that is done in a chat, and whether they are supervised."
+    starts = [n for n, token in enumerate(document.ids) if token == words.role["assistant"]]
+    ends = [document.ids.index(words.end, n) for n in starts]
+    return [(document.ids[a + 1:b], document.mask[a + 1]) for a, b in zip(starts, ends)]
+
+
+def test_action_n_is_line_n_whatever_went_wrong(words):
+    lost = 0
+    for seed in range(60):
+        chance, document = random.Random(seed), Document()
+        replay = Replay(chance, words, {}, (3, 10), 0.0, 4, 3, 0.5)
+        done_again(chance, words, document, replay, True, 0.0, 20, 0.5)
+        done = answers(words, document)
+        assert len(done) == len(replay.turns) == len(replay.listed[1])
+        for (said, supervised), (action, _), (line, _) in zip(done, replay.turns, replay.listed[1]):
+            assert action == line and (not supervised or said == line)
+            lost += not supervised
+    assert lost > 60
+
+
+def test_loops_and_longer_names(words):
+    for seed in range(50):
+        chance = random.Random(seed)
+        turns = again(chance, list(range(8)))
+        steps = [b - a for a, b in zip(turns, turns[1:])]
+        assert len(turns) > 9 and sorted(set(turns)) == list(range(8)) and set(steps) <= {1, 0, -1, -2}
+        assert again(chance, [3])[:3] == [3] * 3
+        word, name = spelled(chance, words), longer_name(chance, words, words.pool[0])
+        assert word[0] in words.heads and set(word[1:]) <= {*words.pieces, *words.letters} and 2 <= len(word) <= 5
+        assert 2 <= len(name) <= 10 and set(name) <= {*words.pool, *words.heads, *words.pieces, *words.letters}
 
 
 def test_heads_look_back_before_any_training(words):
@@ -55,7 +88,7 @@ def test_heads_look_back_before_any_training(words):
 
 
 def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
-    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
+    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, steady=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
     hashes = []
     for name, stops in (("whole", (None,)), ("resumed", (2, 4, None))):
         (tmp_path / name).mkdir()
