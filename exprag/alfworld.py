@@ -144,9 +144,9 @@ def cache_folder() -> Path:
     "Where translated problems are kept between processes; anybody may delete it."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exprag" / "alfworld"
 
-# %% ../nbs/01c_alfworld.ipynb #d9c1e4d3
+# %% ../nbs/01c_alfworld.ipynb #4dcc139d
 class EngineProcess:
-    "An engine in a process of its own; it starts when it is first asked, and again after a death."
+    "An engine in a process of its own; it starts at the first reset, and after a death at the next."
 
     def __init__(self, timeout: float,  # seconds until an engine that does not answer is ended
                  data: Path,  # what the package is told of where games are
@@ -164,7 +164,11 @@ class EngineProcess:
 
     def ask(self, *request) -> dict:
         "What the engine answers; one that is dead or does not answer in time is an error that says so."
-        if self.process is None or self.process.poll() is not None: self.start()
+        if self.process is None or self.process.poll() is not None:
+            if request[0] != "reset":  # a new engine would know of no episode
+                self.close()
+                raise SimulatorError(f"ALFWorld's engine died ({request[0]}); reset(task) starts a new one")
+            self.start()
         late, process = threading.Event(), self.process
         watchdog = threading.Timer(self.timeout, lambda: (late.set(), process.kill()))
         watchdog.daemon = True

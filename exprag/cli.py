@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'MENDABLE', 'run_demo', 'Refusals', 'run_import', 'run_export', 'run_search', 'outcome', 'one_line',
-           'run_show', 'run_doctor', 'build_parser', 'add_store_commands', 'main']
+           'run_show', 'run_doctor', 'build_parser', 'add_store_commands', 'in_words', 'main']
 
 # %% ../nbs/11_command_line.ipynb #685dfa45
 import argparse
@@ -17,14 +17,15 @@ from pathlib import Path
 # %% ../nbs/11_command_line.ipynb #34e0a0a3
 from . import __version__
 
-# %% ../nbs/11_command_line.ipynb #eff9e007
+# %% ../nbs/11_command_line.ipynb #9c7eb278
 def run_demo(given: argparse.Namespace) -> None:
     "Run the demo and print its table."
     from exprag.demo import CONTROLS, FIVE, PLANS, demo
-    name = "quick" if given.quick else "demo"
-    chosen = {"constrain": "templates" if given.constrain else None, "panel": given.panel, "conditions": (*FIVE, *CONTROLS) if given.controls else FIVE}
+    name = given.size or "demo"
+    chosen = {"constrain": "templates" if given.constrain else None, "conditions": (*FIVE, *CONTROLS) if given.controls else FIVE}
+    if given.panel: chosen["panel"] = given.panel
     plan = replace(PLANS[name], **chosen, **({} if given.seed is None else {"seed": given.seed}))
-    out = given.out or Path("runs", "demo-quick" if given.quick else "demo")
+    out = given.out or Path("runs", f"demo-{given.size}" if given.size else "demo")
     demo(out, plan, given.model, given.encoder, given.recipe, given.threads)
     print((out / "table.txt").read_text(encoding="utf-8"))
     print(f"Written to {out}: table.txt, figure.png, episodes/, adapters/, and the store of experience.")
@@ -113,7 +114,7 @@ def run_doctor(given: argparse.Namespace) -> int:  # exit status
     print(diagnosis)
     return int(not diagnosis.ok)
 
-# %% ../nbs/11_command_line.ipynb #8f29a9b0
+# %% ../nbs/11_command_line.ipynb #c526fb8d
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
     parser = argparse.ArgumentParser(prog="exprag", description="Agents that learn from experience.")
@@ -121,18 +122,22 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="the whole method, live: collect, store, index, train two adapters, evaluate five conditions",
                                description="Interrupted, it goes on where it was; run again, it reuses what is there.")
-    demo.add_argument("--quick", action="store_true", help="a small version: two task types, a dozen training steps")
-    demo.add_argument("--out", type=Path, help="directory (default: runs/demo, or runs/demo-quick)")
+    size = demo.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a small version: two task types, a dozen training steps")
+    size.add_argument("--wide", dest="size", action="store_const", const="wide", help="a large version: up to five test episodes of each type, some four times the lessons and experiences; about 45 minutes")
+    demo.add_argument("--out", type=Path, help="directory (default: runs/demo, runs/demo-quick or runs/demo-wide)")
     demo.add_argument("--model", default="nano", metavar="NAME_OR_PATH", help="causal language model: nano (in the package), a folder, or a name on the hub")
     demo.add_argument("--encoder", metavar="NAME_OR_PATH", help="sentence encoder (default: the MiniLM that comes with the package)")
     demo.add_argument("--recipe", help="training recipe: nano, paper, ... (default: nano for nano, paper for other models)")
     demo.add_argument("--seed", type=int, help="of training and sampling (default: 2025)")
-    demo.add_argument("--panel", choices=("demo", "test-hard"), default="demo", help="one test episode of each hard type, or up to five (default: %(default)s)")
+    demo.add_argument("--panel", choices=("demo", "test-hard"), help="one test episode of each hard type, or up to five (default: demo; test-hard if wide)")
     demo.add_argument("--controls", action="store_true", help="three conditions more: replay, random experience, oracle experience")
     demo.add_argument("--constrain", action="store_true", help="write actions within the world's action templates, in every condition")
     demo.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
     demo.set_defaults(run=run_demo)
     add_store_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="show where an error came from, not one line")
     return parser
 
 # %% ../nbs/11_command_line.ipynb #0cb516d4
@@ -175,7 +180,13 @@ def add_store_commands(commands):  # what `add_subparsers` gave
 # %% ../nbs/11_command_line.ipynb #28f1fb99
 MENDABLE = (ValueError, FileNotFoundError, KeyError, RuntimeError, OSError, ImportError)  # what the library raises when input or machine is at fault
 
-# %% ../nbs/11_command_line.ipynb #d14e52a0
+# %% ../nbs/11_command_line.ipynb #a0afbd52
+def in_words(error: Exception) -> str:
+    "What an error says; one that says a word or nothing is named, with the way to learn more."
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # a KeyError puts quotes round what it says
+    return text if " " in text else f"{type(error).__name__}: {text or 'nothing was said'} (--traceback shows where it came from)"
+
+# %% ../nbs/11_command_line.ipynb #23b2c254
 def main(arguments: Sequence[str] | None = None  # None: the process's own
         ) -> int:  # exit status
     "The `exprag` command."
@@ -185,5 +196,6 @@ def main(arguments: Sequence[str] | None = None  # None: the process's own
         print("exprag: interrupted; run the same command again and it goes on from here", file=sys.stderr)
         return 130
     except MENDABLE as error:
-        print(f"exprag: {error}", file=sys.stderr)
+        if given.traceback: raise
+        print(f"exprag: {in_words(error)}", file=sys.stderr)
         return 1

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'check_experience', 'is_hard', 'thinned', 'Recalled', 'retrieve_for_training', 'check_aligned', 'Budget',
-           'equal_budget', 'index_manifest', 'Leak', 'true_fold', 'leaks', 'audit', 'unknown_artefacts']
+           'recorded_episodes', 'equal_budget', 'index_manifest', 'Leak', 'true_fold', 'leaks', 'audit',
+           'unknown_artefacts']
 
-# %% ../nbs/07_combined.ipynb #260981f2
+# %% ../nbs/07_combined.ipynb #4f9b1e66
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import numpy as np
 
@@ -118,7 +119,13 @@ class Budget:
     @property
     def ratio(self) -> float: return self.combined / self.plain
 
-# %% ../nbs/07_combined.ipynb #5c59b1cb
+# %% ../nbs/07_combined.ipynb #0c86229f
+def recorded_episodes(run: RunReport) -> list[str]:
+    "Use, task and trajectory of every sample that a run was given, in order."
+    lines = map(json.loads, (run.path/"data.jsonl").read_text(encoding="utf-8").splitlines())
+    return [f"{line['use']} {line['task']} {line['source']}" for line in lines]
+
+# %% ../nbs/07_combined.ipynb #1065cf23
 def equal_budget(plain: RunReport, combined: RunReport) -> Budget:
     "The costs of two runs that differ in nothing but contexts; ValueError naming the first difference if they differ in more."
     records = [json.loads((r.path/"recipe.json").read_text(encoding="utf-8")) for r in (plain, combined)]
@@ -127,6 +134,10 @@ def equal_budget(plain: RunReport, combined: RunReport) -> Budget:
     for field, value in records[0]["recipe"].items():
         if field not in ("name", "save_steps") and value != records[1]["recipe"][field]:
             raise ValueError(f"the recipes differ in {field}: {value!r} and {records[1]['recipe'][field]!r}; train both with the same")
+    for i, (a, b) in enumerate(zip_longest(*(recorded_episodes(r) for r in (plain, combined)))):
+        if a != b:
+            raise ValueError(f"line {i + 1} of data.jsonl is {a or 'missing'} in one run and {b or 'missing'} in the other; "
+                             "give both the same episodes, in the same order")
     for a, b in zip(plain.losses, combined.losses):
         if a["samples"] != b["samples"]: raise ValueError(f"step {a['step']} took samples {a['samples']} in one run and {b['samples']} in the other; give both their samples in the same order")
         if a["supervised"] != b["supervised"]: raise ValueError(f"step {a['step']} has {a['supervised']} supervised tokens in one run and {b['supervised']} in the other; see check_aligned")

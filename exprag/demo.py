@@ -16,7 +16,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/10_demo.ipynb #38c58328
+# %% ../nbs/10_demo.ipynb #96d05622
 from .combined import check_aligned, equal_budget, retrieve_for_training
 from .environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, Panel, ScienceWorldEnv, known, panel, scienceworld_tasks, spread
 from .evaluation import (ReplayPolicy, Results, condition, contrast_table, evaluate, memory_for, oracle_paths, plot_results, results_table,
@@ -26,6 +26,7 @@ from .expert import expert
 from .agent import HFPolicy
 from .prompt import PromptFormat
 from .query import Retriever, SentenceEncoder
+from .results import endings_table
 from .samples import RECIPES, Recipe, make_samples
 from .sft import Manifest, model_path, train
 from .store import Store
@@ -64,10 +65,11 @@ class Plan:
     @property
     def format(self) -> PromptFormat: return PromptFormat(view=self.view, counter=self.counter)
 
-# %% ../nbs/10_demo.ipynb #6dec97c0
+# %% ../nbs/10_demo.ipynb #1a1e1d06
 PLANS = {"demo": Plan(),
          "quick": Plan(easy=2, hard=2, types=("chemistry-mix-paint-secondary-color", "power-component"),
-                       easy_types=("find-plant", "find-animal", "melt", "use-thermometer"), steps=12, batch_size=2, cap=12)}
+                       easy_types=("find-plant", "find-animal", "melt", "use-thermometer"), steps=12, batch_size=2, cap=12),
+         "wide": Plan(panel="test-hard", easy=30, hard=40)}
 
 # %% ../nbs/10_demo.ipynb #e17fc4c4
 def demo_tasks(plan: Plan) -> tuple[Task, ...]:
@@ -194,12 +196,12 @@ def demo(out: str | os.PathLike = "runs/demo",  # directory: made, or gone on wi
     write_report(folder, plan, results, reports)
     return results
 
-# %% ../nbs/10_demo.ipynb #3ce54802
+# %% ../nbs/10_demo.ipynb #18b67471
 def write_report(folder: Path, plan: Plan, results, reports: dict) -> None:
     "The tables as text, the figure, and what the two adapters cost."
     import matplotlib.pyplot as plt
     budget = equal_budget(reports["lora"], reports["exprag-lora"])
-    text = "\n\n".join([str(results_table(results)), str(types_table(results)), str(contrast_table(results)), str(budget),
+    text = "\n\n".join([str(results_table(results)), str(types_table(results)), str(contrast_table(results)), str(endings_table(results)), str(budget),
                         "Left out of the panel: " + ", ".join(t for t in HARD_TYPES if t not in plan.types) + "."])
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")

@@ -42,11 +42,11 @@ TOPICS = FrozenMap({  # topic -> its task types, in ScienceWorld's own order
     "genetics": ("mendelian-genetics-known-plant", "mendelian-genetics-unknown-plant"),
 })
 
-# %% ../nbs/01_environment.ipynb #3813d188
+# %% ../nbs/01_environment.ipynb #fac96236
 EASY_TOPICS = ("state change", "measurement", "classification", "lifespan", "inclined plane")
 EASY_TYPES = tuple(sorted(t for topic in EASY_TOPICS for t in TOPICS[topic]))
 HARD_TYPES = tuple(sorted(t for topic in TOPICS if topic not in EASY_TOPICS for t in TOPICS[topic]))
-MENDELIAN_TYPES = TOPICS["genetics"]  # about a minute an episode: left out of quick panels
+MENDELIAN_TYPES = TOPICS["genetics"]  # half a minute for an expert's episode on a busy core: left out of quick panels
 
 # %% ../nbs/01_environment.ipynb #fc468471
 ALFWORLD = "alfworld"

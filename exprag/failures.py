@@ -85,8 +85,8 @@ def sources(case: Case) -> tuple[str, ...]:  # one of `SOURCES` for each step
         return SOURCES[2] if action.split() and set(action.split()) <= words else SOURCES[3]
     return tuple(source(n, action) for n, action in enumerate(case.episode.actions))
 
-# %% ../nbs/08g_failures.ipynb #f75f2b30
-CAUSES = ("shown nothing", "retrieval", "deed", "nouns", "world", "experience", "length")
+# %% ../nbs/08g_failures.ipynb #9109290e
+CAUSES = ("shown nothing", "retrieval", "deed", "nouns", "world", "failure", "experience", "context", "length", "stopped")
 
 def cause(case: Case, refusals: Mapping[str, Sequence[str]] = REFUSALS) -> str | None:  # one of `CAUSES`; None: it succeeded
     "The first thing that went wrong in an episode."
@@ -97,7 +97,10 @@ def cause(case: Case, refusals: Mapping[str, Sequence[str]] = REFUSALS) -> str |
     for line, step in zip(case.lines, case.episode.steps):
         if step.action != line: return "nouns" if abstract(step.action, world) == abstract(line, world) else "deed"
         if refused(step, world, refusals): return "world"
-    return "experience" if len(case.episode) >= len(case.lines) else "length"
+    stop = case.episode.provenance.get("stop")
+    if stop == "failure" and len(case.episode) <= len(case.lines): return "failure"  # over a line: later than the last, the lines had not sufficed
+    if len(case.episode) >= len(case.lines): return "experience"
+    return {"context": "context", "cap": "length"}.get(stop, "stopped")
 
 # %% ../nbs/08g_failures.ipynb #86fd6c03
 def causes_table(cases: Sequence[Case], refusals: Mapping[str, Sequence[str]] = REFUSALS) -> Table:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHT', 'look_back', 'Shape', 'new_model', 'Pretraining', 'optimisers', 'batch_of', 'predict', 'portions', 'learn',
-           'gather_play', 'save_checkpoint', 'load_checkpoint', 'speed_at', 'pretrain', 'as_llama', 'finish',
-           'nano_path', 'load_nano', 'main', 'lookup_accuracy']
+           'gather_play', 'save_checkpoint', 'load_checkpoint', 'speed_at', 'begun_in', 'pretrain', 'as_llama',
+           'finish', 'nano_path', 'load_nano', 'main', 'lookup_accuracy']
 
 # %% ../nbs/09b_small_model.ipynb #04a22177
 import json
@@ -21,12 +21,12 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #b4ba5e92
+# %% ../nbs/09b_small_model.ipynb #c26127a7
 from .environment import EASY_TYPES, scienceworld_tasks
 from .collecting import collect
 from .lookup import Document, Words, curriculum, places, pointing, reach, steady
 from .play import play_texts, random_play, train_tokenizer
-from .sft import Manifest
+from .sft import Manifest, write_json
 from .trajectory import read_jsonl, write_jsonl
 
 # %% ../nbs/09b_small_model.ipynb #f724362d
@@ -218,7 +218,23 @@ def speed_at(recipe: Pretraining, progress: dict  # step and tokens read
     left = (end - progress["tokens"]) / (end - begin)
     return max(0.02, 0.5 * left)
 
-# %% ../nbs/09b_small_model.ipynb #2e5770b2
+# %% ../nbs/09b_small_model.ipynb #4f81b8ef
+def begun_in(folder: Path, recipe: Pretraining, shape: Shape) -> Path:  # the directory
+    "Make a run's directory and write down what the run is made with; refuse to go on with what was begun otherwise."
+    folder.mkdir(parents=True, exist_ok=True)
+    path, now = folder / "recipe.json", json.loads(json.dumps({"recipe": asdict(recipe), "shape": asdict(shape)}))
+    if not path.exists():
+        if (folder / "checkpoint.safetensors").exists():
+            raise ValueError(f"{folder} holds a checkpoint and no recipe.json, so nobody can say of which recipe and shape it is; give another directory")
+        write_json(path, now)
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    for part, fields in now.items():
+        for name in {**begun[part], **fields}:
+            if (old := begun[part].get(name)) != (new := fields.get(name)):
+                raise ValueError(f"{folder} was begun with {part} {name} = {old}, and now it is {new}: give another directory, or {name} = {old}")
+    return folder
+
+# %% ../nbs/09b_small_model.ipynb #e73cdba3
 def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
              recipe: Pretraining = Pretraining(), shape: Shape = Shape(),
              threads: int = 1,  # of PyTorch
@@ -229,8 +245,7 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
     "Play, train a tokenizer, train the model; resumes, and is the same for the same seed, machine and threads."
     import torch
     from tqdm.auto import tqdm
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = begun_in(Path(out), recipe, shape)
     torch.set_num_threads(threads)
     play = gather_play(folder / "play.jsonl", recipe)
     tokenizer = train_tokenizer(play_texts(play), recipe.vocabulary)

@@ -8,7 +8,7 @@ __all__ = ['MODEL_FILES', 'MANIFEST_KINDS', 'RUN_FORMAT', 'LABELS', 'match_targe
            'RunReport', 'read_losses', 'last_checkpoint', 'step_line', 'bookkeeper', 'training_arguments',
            'torch_threads', 'train', 'make_trainer', 'finish_run']
 
-# %% ../nbs/06b_sft.ipynb #81e746c3
+# %% ../nbs/06b_sft.ipynb #b0cec159
 import hashlib
 import json
 import math
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .agent import base_model
 from .samples import Recipe, Sample, check_samples, collate, micro_batches, plan, planned_tokens, supervised_loss, token_losses
 from .trajectory import Task, canonical_json
 
@@ -43,16 +44,13 @@ def match_targets(model,  # the base model
                              "Name some of these in Recipe.targets")
     return found
 
-# %% ../nbs/06b_sft.ipynb #cd208744
+# %% ../nbs/06b_sft.ipynb #2cdbcdc0
 def prepare_model(model_name: str,  # 'nano', a directory, or a name on the hub
                   recipe: Recipe):
     "The base model with a fresh adapter; only the adapter can be trained."
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    path = model_path(model_name)
-    causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING  # Ministral 3 is registered only as a model that also sees
-    model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(path, dtype=getattr(torch, recipe.weights), use_safetensors=True)
+    model = base_model(model_path(model_name), recipe.weights)
     model.config.get_text_config().use_cache = False  # no generation here
     if recipe.checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
     found = match_targets(model, recipe)

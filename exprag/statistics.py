@@ -75,12 +75,13 @@ class Outcomes:
         "The mean of the type means: every type weighs the same."
         return float(self.type_means.mean())
 
-# %% ../nbs/08a_statistics.ipynb #bbc884ee
+# %% ../nbs/08a_statistics.ipynb #0f1f6df4
 def replicates(a: Outcomes,  # a condition
                b: Outcomes | None,  # another on the same panel, to be subtracted; None: `a` alone
                draws: int,  # how many replicates
                rng: np.random.Generator,
-               nested: bool = False  # True: seeds are drawn anew within each episode
+               nested: bool = False,  # True: seeds are drawn anew within each episode
+               shared_seeds: bool = False  # True: a seed is the same adapter in both, so one draw of seeds serves both
               ) -> np.ndarray:  # [draws] the bootstrap distribution of the mean (or of the difference)
     "Draw task types, then episodes, then seeds, and take the mean of the type means."
     size, (T, E, _) = a.counts, a.values.shape
@@ -89,12 +90,14 @@ def replicates(a: Outcomes,  # a condition
     cells = (episodes + size.sum() * np.arange(draws)[:, None, None])[np.arange(E) < size[types]]  # as many as the type has
     drawn = np.bincount(cells, minlength=draws * size.sum()).reshape(draws, -1)  # [draws, episodes] how often each was drawn
     share = 1 / np.repeat(size * T, size)  # of one episode of each type in the mean of type means
-    total = np.zeros(draws)
+    total, times = np.zeros(draws), None
     for sign, x in ((1, a), (-1, b)):
         if x is None: continue
         values, S = x.values[np.arange(E) < size[:, None]], len(x.seeds)  # [episodes, S]
-        if nested: total += sign * np.einsum("bes,es->b", rng.multinomial(drawn * S, np.full(S, 1 / S)), values * share[:, None] / S)
-        else: total += sign * ((drawn * share) @ values * rng.multinomial(S, np.full(S, 1 / S), size=draws) / S).sum(1)
+        if times is None or not shared_seeds:  # how often each seed is drawn
+            times = rng.multinomial(drawn * S, np.full(S, 1 / S)) if nested else rng.multinomial(S, np.full(S, 1 / S), size=draws)
+        if nested: total += sign * np.einsum("bes,es->b", times, values * share[:, None] / S)
+        else: total += sign * ((drawn * share) @ values * times / S).sum(1)
     return total
 
 # %% ../nbs/08a_statistics.ipynb #62e67be5
@@ -133,7 +136,7 @@ def bca_levels(level: float,  # the confidence level wanted
     shifted = [z0 + sign * quantile(level) for sign in (-1, 1)]
     return [normal.cdf(z0 + z / (1 - a * z)) for z in shifted]
 
-# %% ../nbs/08a_statistics.ipynb #5024439b
+# %% ../nbs/08a_statistics.ipynb #04cd8065
 METHODS = ("expanded", "percentile", "bca")
 
 def hierarchical_bootstrap(a: Outcomes,  # a condition
@@ -142,17 +145,21 @@ def hierarchical_bootstrap(a: Outcomes,  # a condition
                            level: float = 0.95,
                            method: str = "expanded",  # of `METHODS`
                            seed: int = 2025,
-                           nested: bool = False  # True: seeds are drawn anew within each episode
+                           nested: bool = False,  # True: seeds are drawn anew within each episode
+                           shared_seeds: bool = False  # True: a seed is the same adapter in both, so one draw of seeds serves both
                           ) -> Interval:
     "An interval for the mean of type means (or a difference of two), over types, episodes and seeds."
     if method not in METHODS: raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if b is not None: same_panel(a, b)
+    if b is not None and shared_seeds and a.seeds != b.seeds:
+        raise ValueError(f"the conditions ran seeds {a.seeds} and {b.seeds}: only equal ones can be drawn together; "
+                         "run both with the same, or leave shared_seeds out")
     quantile(level)  # refuses a level outside (0, 1)
     means = a.type_means - (0 if b is None else b.type_means)
     estimate, T, rng = float(means.mean()), len(means), np.random.default_rng(seed)
     if T < 2: raise ValueError(f"{T} task type: an interval over types needs at least two")
     block = max(1, 2_000_000 // a.values.size)  # replicates held at once
-    drawn = np.concatenate([replicates(a, b, min(block, draws - i), rng, nested) for i in range(0, draws, block)])
+    drawn = np.concatenate([replicates(a, b, min(block, draws - i), rng, nested, shared_seeds) for i in range(0, draws, block)])
     if method == "bca": levels = bca_levels(level, estimate, drawn, (means.sum() - means) / (T - 1))
     else: levels = [low := expanded_level(level, T) if method == "expanded" else (1 - level) / 2, 1 - low]
     low, high = np.quantile(drawn, levels)

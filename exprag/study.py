@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOL', 'AHEAD', 'CHOICES', 'LIVE', 'Study', 'by_task', 'factorial', 'effects', 'effects_table', 'plot_effects',
            'interaction', 'shares', 'Asked', 'beginning', 'found', 'readable', 'Sheet', 'Reader', 'followed',
-           'write_studies', 'read_studies', 'Choice', 'taught', 'lived', 'read_packed', 'main']
+           'write_studies', 'read_studies', 'Choice', 'taught', 'lived', 'read_packed', 'adapter_manifest', 'main']
 
 # %% ../nbs/08f_study.ipynb #2692815d
 import argparse
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/08f_study.ipynb #3b23a7bd
+# %% ../nbs/08f_study.ipynb #6261d62f
 from .agent import HFPolicy, load_model
+from .combined import audit
 from .environment import EASY_TYPES, Panel, known, spread, step_cap
 from .evaluation import MOVES, Condition, evaluate, memory_for, procedure_hits
 from .procedure import abstract, edit_distances, procedure
@@ -29,7 +30,9 @@ from .prompt import PromptFormat
 from .quality import judge
 from .query import Hit, Retriever, SentenceEncoder
 from .results import Table
+from .samples import LeakError
 from .select import same_task
+from .sft import Manifest
 from .situations import Refresher
 from .statistics import Contrast, Interval, Outcomes, compare, hierarchical_bootstrap, holm
 from .store import Store
@@ -368,16 +371,18 @@ def taught(model, tokenizer, store: Store, encoder, episodes: Sequence[Trajector
         record[name] = {"tokens": tokens, "deeds": rows}
     return record
 
-# %% ../nbs/08f_study.ipynb #afcd000f
+# %% ../nbs/08f_study.ipynb #3d6809e1
 def lived(model, tokenizer, store: Store, encoder, panel: Panel,  # of dev tasks
           out_dir: str | os.PathLike,  # where runs live; what is there is not run again
-          choices: Mapping[str, Choice] | None = None  # None: those of `LIVE`
+          choices: Mapping[str, Choice] | None = None,  # None: those of `LIVE`
+          manifests: Sequence[Manifest] = ()  # of the adapter in the weights, if there is one: the audit reads them
          ) -> dict:  # choice -> (task, score, success, steps), JSON-ready
     "Let a model act with some choices, in the world itself."
     record = {}
     for name, choice in (choices or {name: CHOICES[name] for name in LIVE}).items():
         policy = HFPolicy(model, tokenizer, choice.format(), batch_size=1, max_new_tokens=24, constrain="templates")
-        run = evaluate(Condition(name, memory=choice.memory, composition="all", k=choice.k), panel, out_dir, policy, choice.recall(store, encoder), progress=False)
+        condition = Condition(name, "exprag-lora" if manifests else "none", choice.memory, composition="all", k=choice.k)
+        run = evaluate(condition, panel, out_dir, policy, choice.recall(store, encoder), manifests, progress=False)
         record[name] = [[str(e.task), e.score, e.success, e.steps] for e in run.episodes]
     return record
 
@@ -386,31 +391,46 @@ def read_packed(path: str | os.PathLike) -> list[Trajectory]:
     "Episodes from JSON Lines packed with xz."
     with lzma.open(path, "rt", encoding="utf-8") as lines: return [Trajectory.from_dict(json.loads(line)) for line in lines]
 
-# %% ../nbs/08f_study.ipynb #56951a46
+# %% ../nbs/08f_study.ipynb #826d563f
+def adapter_manifest(adapter: str | os.PathLike  # the folder `adapter` of a training run
+                    ) -> Manifest:
+    "What went into an adapter, from the training run's directory above it."
+    place = Path(adapter).absolute().parent / "manifest.json"
+    if not place.exists():
+        raise LeakError(f"{adapter}: there is no {place}, so nobody can say what this adapter's weights saw; "
+                        "give the folder adapter/ of a run of `exprag.sft.train`, with the run's manifest.json above it")
+    if (manifest := Manifest.read(place)).kind != "adapter":
+        raise LeakError(f"{place} is the manifest of a {manifest.kind}, not of the adapter {adapter}; give the folder adapter/ of a run of `exprag.sft.train`")
+    return manifest
+
+# %% ../nbs/08f_study.ipynb #d9be211c
 def main(arguments: Sequence[str] | None = None) -> None:
     "`python -m exprag.study FOLDER`: what a small model makes of the leading choices, on easy dev tasks."
     parser = argparse.ArgumentParser(prog="python -m exprag.study", description="Measure the leading choices with a policy, on dev tasks of easy types, and write study_policy.json.")
     parser.add_argument("folder", type=Path, help="the book's data: experience.jsonl.xz and selection_dev.jsonl.xz; the result is written here")
     parser.add_argument("--model", default="nano", help="a name or folder that `load_model` takes")
-    parser.add_argument("--adapter", default=None, help="of LoRA; it must have seen easy types of the train fold only")
+    parser.add_argument("--adapter", default=None, help="of LoRA, the folder adapter/ of a training run that saw easy types of the train fold only")
     parser.add_argument("--types", type=int, default=len(EASY_TYPES), help="how many easy types are asked about")
     parser.add_argument("--episodes", type=int, default=1, help="dev episodes of each of them (1 or 2)")
     parser.add_argument("--live", type=int, default=6, help="easy types that are also played, a dev task of each; needs ScienceWorld. 0: none")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where episodes are kept")
     parser.add_argument("--out", default="study_policy.json", help="name of the result in the folder")
     options = parser.parse_args(arguments)
-    model, tokenizer = load_model(options.model, options.adapter)
-    encoder, dev = SentenceEncoder(), [e for e in read_packed(options.folder / "selection_dev.jsonl.xz") if e.task.type in EASY_TYPES]
+    dev = [e for e in read_packed(options.folder / "selection_dev.jsonl.xz") if e.task.type in EASY_TYPES]
     of_type = {kind: [e for e in dev if e.task.type == kind] for kind in EASY_TYPES}
     episodes = [e for kind in spread(EASY_TYPES, options.types) for e in spread(of_type[kind], options.episodes)]
     tasks = [of_type[kind][0].task for kind in spread(EASY_TYPES, options.live)] if options.live else []
+    caps = {kind: step_cap(kind) for kind in EASY_TYPES}
+    manifests = [adapter_manifest(options.adapter)] if options.adapter else []
+    audit(manifests, Panel("study-dev, all asked", tuple(dict.fromkeys([*(e.task for e in episodes), *tasks])), caps, {}))
+    (model, tokenizer), encoder = load_model(options.model, options.adapter), SentenceEncoder()
     options.runs.mkdir(parents=True, exist_ok=True)
     with Store(options.runs / "experience.db") as store:
         store.add_many(read_packed(options.folder / "experience.jsonl.xz"))
         record = {"policy": HFPolicy(model, tokenizer, batch_size=1).describe(), "tasks": [str(e.task) for e in episodes], "taught": taught(model, tokenizer, store, encoder, episodes)}
         if tasks:
             panel = Panel("study-dev", tuple(tasks), {t.type: step_cap(t.type) for t in tasks}, {"simplification": "easy"})
-            record["lived"] = lived(model, tokenizer, store, encoder, panel, options.runs)
+            record["lived"] = lived(model, tokenizer, store, encoder, panel, options.runs, manifests=manifests)
     (options.folder / options.out).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 # %% ../nbs/08f_study.ipynb #1be3ee69

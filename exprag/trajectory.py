@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SCORE_RANGES', 'SCHEMA_VERSION', 'TrajectoryError', 'FrozenMap', 'freeze', 'thaw', 'Task', 'Step', 'finite',
            'known_fields', 'normalise_score', 'canonical_json', 'Trajectory', 'checked_fields', 'trajectory_to_dict',
-           'trajectory_from_dict', 'Rejected', 'json_line', 'write_jsonl', 'iter_jsonl', 'read_jsonl']
+           'trajectory_from_dict', 'Rejected', 'json_line', 'replacing', 'write_jsonl', 'iter_jsonl', 'read_jsonl']
 
-# %% ../nbs/00_trajectory.ipynb #20f5f490
+# %% ../nbs/00_trajectory.ipynb #0fb809c8
 import hashlib
 import json
 import math
 import os
 import re
-import tempfile
+import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, total_ordering
 from pathlib import Path
@@ -138,10 +139,11 @@ def finite(value, where: str) -> float:
         raise TrajectoryError(f"{where} {value!r}: expected a finite number")
     return float(value)
 
-# %% ../nbs/00_trajectory.ipynb #b9d07fd1
+# %% ../nbs/00_trajectory.ipynb #b4249bef
 def known_fields(cls: type,  # a dataclass with an `extra` field
                  record: Mapping,  # a JSON object
-                 where: str  # what to call it in an error
+                 where: str,  # what to call it in an error
+                 about: tuple[str, ...] = ()  # names that tell of the record itself, and belong neither to the fields nor to `extra`
                 ) -> dict:  # keyword arguments for `cls`
     "The fields of `cls` found in `record`; the others are moved into `extra`."
     if not isinstance(record, Mapping):
@@ -151,7 +153,7 @@ def known_fields(cls: type,  # a dataclass with an `extra` field
     if missing := sorted(needed - set(record)):
         raise TrajectoryError(f"{where} lacks {', '.join(missing)}; it has {', '.join(sorted(record)) or 'nothing'}")
     known = {k: v for k, v in record.items() if k in names and k != "extra"}
-    extra = {k: v for k, v in record.items() if k not in names}
+    extra = {k: v for k, v in record.items() if k not in names and k not in about}
     own = record.get("extra") or {}
     if clash := sorted(set(extra) & set(own)):
         raise TrajectoryError(f"{where} has {', '.join(clash)} both beside and in its extra; rename one")
@@ -263,13 +265,12 @@ def trajectory_to_dict(trajectory: Trajectory) -> dict:
             "goal": trajectory.goal, "first_observation": trajectory.first_observation, "steps": [s.to_dict() for s in trajectory.steps],
             "score": trajectory.score, "success": trajectory.success, "world_version": trajectory.world_version, **rest}
 
-# %% ../nbs/00_trajectory.ipynb #12dffa17
+# %% ../nbs/00_trajectory.ipynb #9ec84ff9
 def trajectory_from_dict(record: Mapping  # a JSON object
                         ) -> Trajectory:
     "The body of `Trajectory.from_dict`."
-    known = known_fields(Trajectory, record, "trajectory")
-    extra = dict(known.pop("extra"))
-    schema, stated = extra.pop("schema", None), extra.pop("id", None)
+    known = known_fields(Trajectory, record, "trajectory", about=("schema", "id"))  # an `extra` may have entries of these names
+    schema, stated = record.get("schema"), record.get("id")
     if schema != SCHEMA_VERSION:
         raise TrajectoryError(f"schema version {schema!r}: this release reads version {SCHEMA_VERSION}; upgrade exprag, or convert the file")
     task = known.pop("task")
@@ -281,7 +282,7 @@ def trajectory_from_dict(record: Mapping  # a JSON object
     for number, step in enumerate(steps, 1):
         try: made.append(Step.from_dict(step))
         except (TrajectoryError, TypeError) as error: raise TrajectoryError(f"step {number}: {error}") from None
-    trajectory = Trajectory(task=Task(**task), steps=tuple(made), extra=extra, **known)
+    trajectory = Trajectory(task=Task(**task), steps=tuple(made), **known)
     if stated is not None and stated != trajectory.id:
         raise TrajectoryError(f"id {stated!r} does not fit the content, whose id is {trajectory.id!r}; was it edited? Remove the id to accept it as it is")
     return trajectory
@@ -300,23 +301,33 @@ def json_line(trajectory: Trajectory) -> bytes:
     try: return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     except UnicodeEncodeError: return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
 
-# %% ../nbs/00_trajectory.ipynb #3e90578f
-def write_jsonl(trajectories: Iterable[Trajectory],  # may be a generator
-                path: str | os.PathLike  # replaced if it is there
-               ) -> int:  # how many were written
-    "Write trajectories to a JSON Lines file, which appears whole or not at all."
-    path, count = Path(path), 0
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+# %% ../nbs/00_trajectory.ipynb #43514088
+@contextmanager
+def replacing(path: str | os.PathLike  # a new file, or one that is there
+             ) -> Iterator[Path]:  # the path to write to instead
+    "A file that takes its place when the block has ended well, with the permissions of the one it replaces, and is removed otherwise."
+    path = Path(path)
+    try: mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError: mode = None
+    temporary = path.parent / f"{path.name}.{os.urandom(4).hex()}.part"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600))  # less the umask
     try:
-        with os.fdopen(handle, "wb") as file:
-            for count, trajectory in enumerate(trajectories, 1): file.write(json_line(trajectory))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
+        yield temporary
+        with open(temporary, "rb+") as file: os.fsync(file.fileno())
+        if mode is not None: os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+# %% ../nbs/00_trajectory.ipynb #bb22be6a
+def write_jsonl(trajectories: Iterable[Trajectory],  # may be a generator
+                path: str | os.PathLike  # replaced if it is there
+               ) -> int:  # how many were written
+    "Write trajectories to a JSON Lines file, which appears whole or not at all."
+    count = 0
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for count, trajectory in enumerate(trajectories, 1): file.write(json_line(trajectory))
     return count
 
 # %% ../nbs/00_trajectory.ipynb #0b1d699d

@@ -44,17 +44,23 @@ def open_shop(task: Task  # of the world 'shop'
     goal, query = (text.format(name=name, people=people, orders=orders) for text in texts)
     return guarded(database), goal, (people, orders, query)
 
-# %% ../nbs/01g_your_world.ipynb #ac2cb597
+# %% ../nbs/01g_your_world.ipynb #2767b471
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 PATIENCE = 2_000_000  # of SQLite's instructions: a fraction of a second
 
 def guarded(database: sqlite3.Connection) -> sqlite3.Connection:
     "The database, for reading only, with queries that end."
+    left = iter(())
+    def begins(sql):
+        nonlocal left
+        left = iter(range(100))
+    database.set_trace_callback(begins)  # SQLite says that a query begins: each has patience of its own
+    database.set_progress_handler(lambda: next(left, None) is None, PATIENCE // 100)
     database.set_authorizer(lambda deed, *names: sqlite3.SQLITE_OK if deed in READING else sqlite3.SQLITE_DENY)
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
     return database
 
-# %% ../nbs/01g_your_world.ipynb #ac629869
+# %% ../nbs/01g_your_world.ipynb #da41a8b1
 TOOLS = FrozenMap({"tables": None, "schema": "table", "query": "sql", "answer": "text"})  # tool -> its parameter
 SHOP_TEMPLATES = tuple(name + (" OBJ" if parameter else "") for name, parameter in TOOLS.items())
 
@@ -65,8 +71,7 @@ def use_tool(database: sqlite3.Connection,
     queries = {"tables": "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY rowid", "schema": "SELECT sql FROM sqlite_master WHERE name = ?", "query": argument}
     if tool == "answer": return "Thank you."
     if tool not in queries: return f"There is no tool {tool!r}. There are: {'; '.join(SHOP_TEMPLATES)}."
-    steps = iter(range(100))
-    database.set_progress_handler(lambda: next(steps, None) is None, PATIENCE // 100)
+    if TOOLS[tool] and not argument.strip(): return f"Error: {tool} needs its {TOOLS[tool]}: {tool} OBJ."
     try: rows = database.execute(queries[tool], [argument] if tool == "schema" else []).fetchmany(20)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error: return f"Error: {error}"
     return "\n".join(" | ".join(map(str, row)) for row in rows) or "Nothing."

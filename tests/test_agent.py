@@ -2,6 +2,7 @@
 import json
 import random
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -201,7 +202,7 @@ def test_patience():
     assert len(done) == 5 and done.provenance["stop"] == "cap"
 
 
-def test_models_from_disk(tmp_path):
+def test_models_from_disk(tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
     tokenizer = make_tokenizer("qwen")
     model = make_model("qwen", len(tokenizer))
@@ -214,6 +215,12 @@ def test_models_from_disk(tmp_path):
     assert play(plain, TASKS[:3])
     (tmp_path / "tuned" / "adapter_model.safetensors").rename(tmp_path / "tuned" / "adapter_model.bin")
     with pytest.raises(PolicyError, match="no adapter_model.safetensors"): load_model(str(tmp_path / "base"), tmp_path / "tuned")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: tmp_path / "tuned")
+    with pytest.raises(PolicyError, match="some/adapter holds no adapter_model.safetensors"): load_model(str(tmp_path / "base"), "some/adapter")
+    def nowhere(*_, **__): raise FileNotFoundError("404")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nowhere)
+    with pytest.raises(PolicyError, match="'runs/addapter' is no folder here, and was not found on the hub: 404"):
+        load_model(str(tmp_path / "base"), "runs/addapter")
     small = make_model("qwen", 10)
     with pytest.raises(PolicyError, match="load both from the same place"): HFPolicy(small, tokenizer)
 
@@ -251,6 +258,64 @@ def test_a_server():
     path, key, body = asked[0]
     assert path == "/v1/chat/completions" and key is None and body["temperature"] == 0 and body["messages"][0]["role"] == "system"
     with pytest.raises(PolicyError, match="is the server up"): policy.act([Trajectory(TASKS[0], "g", "o")])
+
+
+GOOD = (200, {}, json.dumps({"choices": [{"message": {"content": "wait"}, "finish_reason": "stop"}]}))
+START = Trajectory(TASKS[0], "g", "o")
+
+
+@contextmanager
+def server_that(answers):
+    "A policy whose server gives these answers: (status, headers, body) one after the other, or what a function makes of the request."
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, headers, body = answers(asked) if callable(answers) else answers.pop(0)
+            self.send_response(status)
+            for name, value in headers.items(): self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body.encode())
+        def log_message(self, *_): pass
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield OpenAIPolicy("some-model", f"http://127.0.0.1:{server.server_port}/v1", FORMAT, key_variable="NOBODY_SETS_THIS", timeout=10)
+    finally: server.shutdown(), server.server_close()
+
+
+@pytest.mark.parametrize("status, said", [
+    (400, "This model's maximum context length is 2048 tokens. However, you requested 2100 tokens."),
+    (400, '{"error": {"code": "context_length_exceeded"}}'),
+    (400, '{"error": {"type": "exceed_context_size_error"}}'),
+    (400, "The decoder prompt (length 2100) is longer than the maximum model length of 2048."),
+    (413, ""),
+])
+def test_a_prompt_too_long_for_the_server_ends_its_own_episode_alone(status, said):
+    def answers(asked): return (status, {}, said) if len(asked["messages"]) > 4 else GOOD
+    with server_that(answers) as policy: done = play(policy, TASKS[:3])
+    assert [(len(done[t]), done[t].provenance["stop"]) for t in TASKS[:3]] == [(1, "cap"), (2, "cap"), (2, "context")]
+
+
+def test_a_busy_server_is_asked_again_and_later_each_time(monkeypatch):
+    waited, busy = [], (429, {}, "slow down")
+    monkeypatch.setattr("exprag.agent.time.sleep", waited.append)
+    with server_that([(503, {}, "loading"), busy, busy, GOOD]) as policy: assert policy.ask(START).text == "wait"
+    assert len(waited) == 3 and waited == sorted(set(waited))
+    waited.clear()
+    with server_that([(429, {"Retry-After": wish}, "") for wish in ("7", "9999", "Fri, 31 Dec 1999 23:59:59 GMT")] + [GOOD]) as policy: policy.ask(START)
+    assert waited == [7, 60, 25]
+    with server_that([(503, {}, "the model is\nstill loading")] * 9) as policy:
+        with pytest.raises(PolicyError, match="refused echo/t0/0@test with 503 .*: the model is still loading"): policy.ask(START)
+
+
+def test_what_a_server_says_stands_in_the_error(monkeypatch):
+    def never(seconds): raise AssertionError("a refusal is no reason to wait")
+    monkeypatch.setattr("exprag.agent.time.sleep", never)
+    for status, body, told in [(404, '{"message": "The model `some-model` does not exist."}', "refused .* with 404 .*does not exist.*called 'some-model'"),
+                               (401, "bad key", "with 401 .*bad key.*NOBODY_SETS_THIS hold the key"), (400, "", "with 400 Bad Request: nothing;"),
+                               (200, "<html>a web page</html>", "no chat completion .*<html>a web page</html>.*/v1"),
+                               (200, '{"error": "overloaded"}', "KeyError: 'choices'.*overloaded"),
+                               (200, '{"choices": []}', "IndexError.*choices"), (200, "[]", "TypeError.*/v1")]:
+        with server_that([(status, {}, body)]) as policy, pytest.raises(PolicyError, match=told): policy.ask(START)
 
 
 class Scripted:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exprag.alfworld import (
-    DEV_ROOMS, FOLD_FOLDERS, ALFWorldEnv, GameError, alfworld_tasks, cache_folder, check_game, data_folder, engine_version, game_path, grammar_of_action, other_words,
-    read_game, speak, unpack_games)
+    DEV_ROOMS, FOLD_FOLDERS, ALFWorldEnv, EngineProcess, GameError, alfworld_tasks, cache_folder, check_game, data_folder, engine_version, game_path,
+    grammar_of_action, other_words, read_game, speak, unpack_games)
 from exprag.alfworld_engine import reader
 from exprag.alfworld_grammar import first_difference, grammar_of, in_words_of, replay, translate
 from exprag.environment import (
@@ -462,11 +462,26 @@ def test_an_engine_that_hangs_is_ended(env, sample):
     assert env.reset(sample[1][0]) == first
 
 
-def test_a_killed_engine_is_an_error_and_the_next_reset_starts_another(env, sample):
-    first = env.reset(sample[1][0])
-    os.kill(env.engine.process.pid, signal.SIGKILL)
-    with pytest.raises(SimulatorError, match="died"): env.step("look")
+@pytest.mark.parametrize("when", ["before it is asked", "while it is asked"])
+def test_a_killed_engine_is_an_error_and_the_next_reset_starts_another(env, sample, when):
+    import threading
+    first, process = env.reset(sample[1][0]), env.engine.process
+    if when == "while it is asked":
+        stop(process.pid)
+        threading.Timer(0.3, process.kill).start()
+    else:
+        process.kill()
+        process.wait()
+    with pytest.raises(SimulatorError, match=r"died \(step\); reset\(task\) starts a new one"): env.step("look")
+    assert env.engine.process is None
+    with pytest.raises(RuntimeError, match="is over"): env.step("look")
     assert env.reset(sample[1][0]) == first
+
+
+def test_only_a_reset_starts_an_engine(sample):
+    engine = EngineProcess(60, sample[0])
+    with pytest.raises(SimulatorError, match="died"): engine.ask("step", "look")
+    assert engine.process is None
 
 
 def test_kill_from_another_thread(env, sample):

@@ -148,7 +148,14 @@ def test_runs_that_differ_in_more_than_context_are_refused(pair, model_dir, tmp_
     base = train(tiny_model(tmp_path/"other", seed=3), groups["combined"], RECIPE, tmp_path, progress=False, threads=1)
     with pytest.raises(ValueError, match="different base models"): equal_budget(runs["plain"], base)
     turned = train(model_dir, groups["combined"][::-1], RECIPE, tmp_path, progress=False, threads=1)
-    with pytest.raises(ValueError, match="step 1 "): equal_budget(runs["plain"], turned)
+    with pytest.raises(ValueError, match="line 1 of data.jsonl is .*same order"): equal_budget(runs["plain"], turned)
+    other = [*groups["combined"][:1], replace(groups["combined"][1], task=Task("scienceworld", "melt", "1", "train"), source="f" * 32), *groups["combined"][2:]]
+    elsewhere = train(model_dir, other, RECIPE, tmp_path, progress=False, threads=1)
+    assert [(l["samples"], l["supervised"]) for l in elsewhere.losses] == [(l["samples"], l["supervised"]) for l in runs["plain"].losses]
+    with pytest.raises(ValueError, match="line 2 of data.jsonl is train scienceworld/find-plant/.* and train scienceworld/melt/1@train f.*same episodes"):
+        equal_budget(runs["plain"], elsewhere)
+    dev = train(model_dir, groups["combined"], RECIPE, tmp_path, groups["combined"][:1], progress=False, threads=1)
+    with pytest.raises(ValueError, match="line 11 of data.jsonl is missing in one run"): equal_budget(runs["plain"], dev)
     with pytest.raises(ValueError, match="sample 0 is"): check_aligned(groups["plain"], groups["combined"][::-1])
     with pytest.raises(ValueError, match="9 combined"): check_aligned(groups["plain"], groups["combined"][1:])
     with pytest.raises(ValueError, match="sample 0 .*same encoder"): check_aligned([replace(groups["plain"][0], mask=(0,) * len(groups["plain"][0]))], groups["combined"][:1])

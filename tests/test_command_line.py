@@ -1,9 +1,10 @@
 "The commands that look into a store, as a user types them."
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from exprag.cli import main
+from exprag.cli import MENDABLE, build_parser, main, run_demo
 
 SAMPLE = Path(__file__).parents[1] / "nbs" / "data" / "sample.jsonl"
 
@@ -45,3 +46,48 @@ def test_a_broken_line_is_named_and_the_rest_goes_in(tmp_path, capsys):
     main(["import", str(tmp_path / "log.jsonl"), "--store", str(tmp_path / "bank.db"), "--format", "exprag"])
     said = "".join(capsys.readouterr())
     assert "5 episodes added" in said and "1 record" in said and "4" in said
+
+
+@pytest.mark.parametrize("arguments, name, out, changed", [
+    ([], "demo", "runs/demo", {}),
+    (["--quick"], "quick", "runs/demo-quick", {}),
+    (["--wide", "--seed", "7"], "wide", "runs/demo-wide", {"seed": 7}),
+    (["--panel", "test-hard", "--constrain"], "demo", "runs/demo", {"panel": "test-hard", "constrain": "templates"}),
+    (["--wide", "--panel", "demo", "--out", "x"], "wide", "x", {"panel": "demo"}),
+])
+def test_the_options_of_the_demo_choose_a_plan_and_a_place(arguments, name, out, changed, tmp_path, monkeypatch):
+    import exprag.demo
+    asked = []
+    def written(place, plan, *rest):
+        asked.append((str(place), plan))
+        Path(place).mkdir(parents=True)
+        Path(place, "table.txt").write_text("")
+    monkeypatch.setattr(exprag.demo, "demo", written)
+    monkeypatch.chdir(tmp_path)
+    run_demo(build_parser().parse_args(["demo", *arguments]))
+    assert asked == [(out, replace(exprag.demo.PLANS[name], **changed))]
+
+
+def test_a_demo_is_quick_or_wide_but_not_both(capsys):
+    with pytest.raises(SystemExit): build_parser().parse_args(["demo", "--quick", "--wide"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["demo", "--recipe", "papre"], ["show", "1", "--store", "none.db"], ["search", "boil", "--store", "none.db"],
+                                     ["export", "x.jsonl", "--store", "none.db"], ["import", "none.jsonl", "--store", "new.db"]])
+def test_every_command_shows_where_an_error_came_from_when_asked(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1 and "Traceback" not in (said := capsys.readouterr().err) and said.startswith("exprag: ")
+    with pytest.raises(MENDABLE): main([*command, "--traceback"])
+
+
+@pytest.mark.parametrize("error, said", [
+    (KeyError("boil"), "exprag: KeyError: boil (--traceback shows where it came from)"),
+    (RuntimeError(), "exprag: RuntimeError: nothing was said (--traceback shows where it came from)"),
+    (KeyError("the view 'poem' is unknown"), "exprag: the view 'poem' is unknown"),
+    (FileNotFoundError(2, "No such file or directory", "x"), "exprag: [Errno 2] No such file or directory: 'x'"),
+])
+def test_an_error_says_more_than_a_bare_word(error, said, monkeypatch, capsys):
+    def broken(*_): raise error
+    monkeypatch.setattr("exprag.cli.run_doctor", broken)
+    assert main(["doctor", "--store", "x"]) == 1 and capsys.readouterr().err == said + "\n"

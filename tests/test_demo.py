@@ -121,10 +121,16 @@ def test_the_plan_keeps_hard_types_for_retrieval_and_out_of_training():
 
 
 def test_the_larger_panel_has_up_to_five_test_episodes_of_each_type():
-    panel = demo_panel(replace(Plan(), panel="test-hard"))
+    panel = demo_panel(PLANS["wide"])
     assert len(panel.tasks) == 54 and {t.type for t in panel.tasks} == set(DEMO_TYPES) and set(panel.left_out) == set(MENDELIAN_TYPES)
     assert {t.fold for t in panel.tasks} == {"test"} and set(demo_panel(Plan()).tasks) <= set(panel.tasks)
     with pytest.raises(ValueError, match="did you mean 'test-hard'"): demo_panel(replace(Plan(), panel="test_hard"))
+
+
+def test_the_wide_plan_differs_from_the_demo_in_size_alone():
+    assert replace(PLANS["wide"], panel="demo", easy=Plan().easy, hard=Plan().hard) == Plan()
+    assert set(demo_tasks(Plan())) & set(demo_panel(PLANS["wide"]).tasks) == set() and len(demo_tasks(PLANS["wide"])) > 4 * len(demo_tasks(Plan()))
+
 
 
 @pytest.mark.parametrize("arguments, said", [

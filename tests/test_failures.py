@@ -12,9 +12,9 @@ from exprag.trajectory import Step, Task, Trajectory
 WORDS = st.lists(st.sampled_from(["open door", "open box", "go to hall", "look around", "wait"]), max_size=6)
 
 
-def told(actions, type="boil", score=10.0, said="done", variation="1"):
+def told(actions, type="boil", score=10.0, said="done", variation="1", stop="cap"):
     steps = tuple(Step(a, said) for a in actions)
-    return Trajectory(Task("scienceworld", type, variation, "dev"), "a goal", "a room", steps).finish(score, score == 100)
+    return Trajectory(Task("scienceworld", type, variation, "dev"), "a goal", "a room", steps).finish(score, score == 100, stop=stop)
 
 
 def case(actions, lines=("go to hall", "open door", "wait"), **how):
@@ -29,6 +29,14 @@ def case(actions, lines=("go to hall", "open door", "wait"), **how):
     (["wait"], {"type": "melt"}, "retrieval"), (["wait"], {"lines": None}, "shown nothing"), (["wait"], {"score": 100.0}, None)])
 def test_the_earliest_cause_is_named(actions, how, why):
     assert cause(case(actions, **how)) == why and (why is None or why in CAUSES)
+
+
+@pytest.mark.parametrize("actions, stop, why", [
+    (["go to hall", "open door"], "failure", "failure"), (["go to hall", "open door", "wait"], "failure", "failure"), (["go to hall"], "context", "context"),
+    (["go to hall"], "patience", "stopped"), (["go to hall"], None, "stopped"), (["go to hall", "open door", "wait"], "done", "experience"),
+    (["go to hall", "open door", "wait", "wait"], "failure", "experience"), (["go to hall", "open box"], "failure", "nouns"), (["wait"], "context", "deed")])
+def test_how_an_episode_ended_counts_where_nothing_went_wrong_before(actions, stop, why):
+    assert cause(case(actions, stop=stop)) == why and why in CAUSES
 
 
 def test_an_action_is_traced_to_the_lines():

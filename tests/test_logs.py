@@ -17,7 +17,7 @@ from trajectory_strategies import calm, call, example, text, trajectories, value
 from exprag.formats import FORMATS, KEPT, Options, read_record, write_record
 from exprag.logs import NAMES, detect, read_log, span_record, traced_episode, write_log
 from exprag.records import (
-    BadRecord, difference, is_lines, patched, split_lines, split_values, to_line, write_records)
+    BadRecord, difference, is_lines, patched, records, split_lines, split_values, to_line, write_records)
 from exprag.spans import conversations, spans_of, to_any
 from exprag.trajectory import Step, Task, TrajectoryError
 
@@ -76,9 +76,30 @@ def test_files_come_back(tmp_path, name, ending):
 @given(st.lists(trajectories, max_size=3), st.sampled_from(NAMES))
 def test_files_come_back_whatever_is_in_them(tmp_path_factory, ts, name):
     path = tmp_path_factory.mktemp("t") / "t.jsonl"
+    ts += ts[:1]
     write_log(ts, path, name)
-    back = list(read_log(path, name))
-    assert back == ts if name not in ("turns", "otel") else set(back) == set(ts)  # equal episodes are one session there
+    assert list(read_log(path, name)) == ts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_episodes_of_one_id_stay_apart(tmp_path, name):
+    ours = [example(score=1), example(score=2), example(score=1, provenance={"actor": "a"}), example(score=1), example(score=1), example(steps=()), example(steps=())]
+    assert len({t.id for t in ours}) == 2 and write_log(ours, tmp_path / "log.jsonl", name) == 7
+    assert list(read_log(tmp_path / "log.jsonl", name)) == ours
+
+
+def test_sessions_of_two_logs_that_share_a_name_stay_apart(tmp_path):
+    both = [t for n in (1, 2) for t in read_log(dump(tmp_path / f"{n}.jsonl", *[{"session_id": 7, **m} for m in chat(f"Goal {n}", "act", "seen")["messages"]]))]
+    write_log(both, tmp_path / "both.jsonl", "turns")
+    assert list(read_log(tmp_path / "both.jsonl")) == both and [t.goal for t in both] == ["Goal 1", "Goal 2"]
+    assert [line["session_id"] for line in map(json.loads, (tmp_path / "both.jsonl").read_text().splitlines())] == [7] * 3 + ["7#2"] * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_episode_that_messages_cannot_say_comes_back(tmp_path, name):
+    calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": ""}, "result": "x"} for id in "aab"]  # two of one id
+    write_log([odd := example(steps=(Step("", "x", tool_calls=calls),)), example()], tmp_path / "log.jsonl", name)
+    assert list(read_log(tmp_path / "log.jsonl", name)) == [odd, example()]
 
 
 # -- round trips: record -> trajectory -> record
@@ -159,6 +180,19 @@ def test_eto():
     assert read.task == Task("sharegpt", "log", "7", "train") and read.extra["log"]["fields"]["game_file"] == "x/y.tw-pddl"
 
 
+TRAIN = ("Book a train to Paris", "Sure, which day?", "Monday", "book(monday)")
+AGREED = ("You play.", "Understood.", "Boil water.", "go")
+
+
+@pytest.mark.parametrize("name, turns, goal", [
+    ("sharegpt", TRAIN, TRAIN[0]), ("openai", TRAIN, TRAIN[0]), ("sharegpt", AGREED, AGREED[2]), ("agentgym", AGREED, AGREED[2]), ("openai", AGREED, AGREED[0]), ("turns", AGREED, AGREED[0])])
+def test_only_training_sets_open_with_a_preamble_and_it_asks_nothing(name, turns, goal):
+    record = (gpt if FORMATS[name].marks else chat)(*turns)
+    assert read_record(record, FORMATS[name]).goal == goal
+    assert read_record(record, FORMATS[name], Options(preamble=0)).goal == turns[0]
+    assert read_record(record, FORMATS[name], Options(preamble=2)).goal == turns[2]
+
+
 def test_agentinstruct_preamble_by_loss_marks():
     turns = gpt("You play.", "Here is an example: ls", "It printed.", "Yes.", "Count the files.", "Think: I list.\nAct: bash", "3 files")["conversations"]
     for turn, loss in zip(turns, [None, False, None, False, None, True, None]): turn["loss"] = loss
@@ -230,6 +264,8 @@ def test_each_bad_line_is_reported_and_the_rest_goes_in(tmp_path):
     assert [t.goal for t in found] == ["Goal", "Goal 2", "Goal 3"]
     assert [p[:3] for p in problems] == [("line", 2, ""), ("line", 4, "conversations[1].from"), ("line", 6, "")]
     with pytest.raises(TrajectoryError, match="log.jsonl, line 2.*refused=problems.append"): list(read_log(path))
+    with pytest.raises(TrajectoryError, match="records report=problems.append"): list(records(path, None))
+    assert len(list(records(path, report=[].append))) == 5
 
 
 def test_mixed_encodings(tmp_path):
@@ -297,9 +333,18 @@ def test_a_bad_element_of_an_array_costs_only_itself(tmp_path):
     assert [t.goal for t in found] == ["Goal", "Goal 2"] and [p[:2] for p in problems] == [("record", 2)]
 
 
+def test_what_stands_bare_in_an_array_is_refused_with_its_number(tmp_path):
+    path = tmp_path / "log.json"
+    path.write_text('[null, ' + json.dumps(chat("Goal", "a")) + ', 3.5, "a, \\"b]", oops{"messages": 1},\n' + json.dumps(chat("Goal 2", "b")) + ', true\n]')
+    found, problems = read(path)
+    assert [t.goal for t in found] == ["Goal", "Goal 2"]
+    assert [(n, reason[:9]) for _, n, _, reason in problems] == [(1, "is null, "), (3, "is 3.5, w"), (4, 'is "a, \\"'), (5, "not JSON:"), (6, "is int: e"), (8, "is true, ")]
+
+
 @calm
-@given(st.lists(value.filter(lambda v: isinstance(v, (dict, list))), max_size=4), st.booleans(), st.integers(1, 30), st.sampled_from([None, 1, "\t"]))
+@given(st.lists(value, max_size=4), st.booleans(), st.integers(1, 30), st.sampled_from([None, 1, "\t"]))
 def test_values_are_cut_wherever_pieces_end(values, array, size, indent):
+    if not array: values = [v for v in values if isinstance(v, (dict, list))]
     parts = [json.dumps(v, indent=indent) for v in values]
     data = ("[" + ",".join(parts) + "]" if array else "\n".join(parts)).encode()
     if not array and data[:1] == b"[": return  # values one after the other are objects
@@ -398,6 +443,30 @@ def test_bad_spans_are_named_and_the_rest_goes_in(tmp_path, change, said):
     assert len(found) == 1 and len(problems) == 1 and problems[0][1] == 2 and problems[0][2].startswith("attributes.gen_ai") and said in problems[0][3]
 
 
+ASKS = [part("user", type="text", content="x"), part("assistant", type="tool_call", id="1", name="f", arguments="")]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"gen_ai__input__messages": [*ASKS, part("tool", type="tool_call_response", id="9", response="y")]}, "no call has as its id"),
+    ({"gen_ai__input__messages": [{"role": "assistant", "content": "x", "tool_calls": ["f"]}]}, "trace cccc"),
+    ({"gen_ai__input__messages": ASKS[:1], "seconds": float("nan")}, "no such number"),
+    ({"gen_ai__input__messages": ASKS[:1], "exprag__kept": 3}, "was it edited")])
+def test_one_bad_trace_is_named_and_the_rest_goes_in(tmp_path, change, said):
+    bad = otlp(span("c" * 32, 99, "chat", 1, gen_ai__output__messages=[part("assistant", type="text", content="done")], **change))
+    path = dump(tmp_path / "s.jsonl", bad, otlp(*agent_spans("a" * 32, "ann")))
+    found, problems = read(path)
+    assert [t.goal for t in found] == ["ann's goal"] and [p[:2] for p in problems] == [("line", 1)] and said in problems[0][3]
+    with pytest.raises(TrajectoryError, match="s.jsonl, line 1"): list(read_log(path))
+
+
+@pytest.mark.parametrize("name", [["a", 1], "\ud800", 7])
+def test_a_conversation_may_have_any_id(tmp_path, name):
+    spans = agent_spans("a" * 32, "ann")
+    for s in spans: s["attributes"].append({"key": "gen_ai.conversation.id", "value": to_any(name)})
+    [one], problems = read(dump(tmp_path / "s.jsonl", otlp(*spans)))
+    assert len(one) == 2 and not problems
+
+
 def test_spans_that_are_not_otlp(tmp_path):
     path = dump(tmp_path / "s.jsonl", otlp(*agent_spans("a" * 32, "ann")), {"resourceSpans": 3}, {"resourceMetrics": []}, otlp({"traceId": "x"}))
     found, problems = read(path)
@@ -461,6 +530,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt): write_log(broken(), path, "openai")
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+def test_a_private_log_stays_private(tmp_path):
+    path = tmp_path / "log.json.gz"
+    path.touch(0o600)
+    write_log([example()], path)
+    assert path.stat().st_mode & 0o777 == 0o600 and list(read_log(path)) == [example()]
 
 
 def test_a_folder_of_files_has_folds(tmp_path):
@@ -528,6 +605,34 @@ class TestParquet:
         write_records(rows, tmp_path / "t.parquet")
         found, problems = read(tmp_path / "t.parquet", "sharegpt")
         assert [t.goal for t in found] == ["Goal", "Goal 2"] and problems[0][:3] == ("row", 2, "conversations[0].from")
+
+    @pytest.mark.parametrize("late, said", [
+        ({"a": 1, "b": 2}, "row 67 has b,"), ({"a": 1, "turns": [{"from": "x"}, {"from": "x", "loss": True}]}, r"row 67 has turns\[1\].loss,")])
+    @pytest.mark.parametrize("given", [False, True])
+    def test_a_field_that_no_column_holds_is_an_error(self, tmp_path, late, said, given):
+        rows = [{"a": 1, "turns": [{"from": "x"}]} for _ in range(66)]
+        schema = self.pa.schema([("a", self.pa.int64()), ("turns", self.pa.list_(self.pa.struct([("from", self.pa.string())])))]) if given else None
+        assert write_records(rows, tmp_path / "t.parquet", schema) == 66
+        with pytest.raises(TrajectoryError, match=said): write_records([*rows, late], tmp_path / "t.parquet", schema)
+
+    def test_columns_come_from_all_of_the_first_rows(self, tmp_path):
+        write_records([{"a": 1}, {"b": {"c": "x"}}, {"b": {"d": 2}}], tmp_path / "t.parquet")
+        assert [row for _, _, row in records(tmp_path / "t.parquet", None)] == [{"a": 1, "b": None}, {"a": None, "b": {"c": "x", "d": None}}, {"a": None, "b": {"c": None, "d": 2}}]
+
+    def test_an_episode_that_no_table_holds_is_not_written_empty(self, tmp_path):
+        odd = example(goal="\ud800")
+        with pytest.raises(TrajectoryError, match="does not fit a table of openai"): write_log([odd], tmp_path / "t.parquet", "openai", keep=False)
+        write_log([odd], tmp_path / "t.parquet", "openai")
+        assert list(read_log(tmp_path / "t.parquet", "openai")) == [odd]
+
+    def test_what_json_cannot_hold_is_refused_with_its_column(self, tmp_path):
+        from decimal import Decimal
+        sums = [Decimal(text) for text in ("12.00", "0.10", "12345678901234567890.12")]
+        write_records([{**gpt("Goal", "act"), "sum": s, "picture": {"bytes": b}} for s, b in zip([*sums, sums[0]], [None] * 3 + [b"\xff"])], tmp_path / "t.parquet")
+        problems = []
+        assert [(row["sum"], type(row["sum"])) for _, _, row in records(tmp_path / "t.parquet", problems.append)] == [(12, int), (0.1, float)]
+        assert [(p.number, p.field, p.reason[:12]) for p in problems] == [(3, "sum", "is a Decimal"), (4, "picture.bytes", "is a bytes, ")]
+        assert len(list(read_log(tmp_path / "t.parquet", refused=[].append))) == 2
 
     def test_a_truncated_table(self, tmp_path):
         path = tmp_path / "t.parquet"

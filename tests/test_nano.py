@@ -99,6 +99,19 @@ def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
     assert {t.type for t in Manifest.read(done).tasks} == {"melt"}
 
 
+def test_a_run_is_not_gone_on_with_under_another_recipe_or_shape(tmp_path):
+    recipe, shape = Pretraining(tokens=8_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
+    write_jsonl([episode()], tmp_path / "play.jsonl")
+    pretrain(tmp_path, recipe, shape, stop_after=1)
+    checkpoint = (tmp_path / "checkpoint.safetensors").read_bytes()
+    for other in ((replace(recipe, play_episodes=2), shape, "recipe play_episodes = 1, and now it is 2: give another directory"),
+                  (recipe, replace(shape, look_back=((1,),)), r"shape look_back = \[\[1, 2\]\], and now it is \[\[1\]\]: give another directory")):
+        with pytest.raises(ValueError, match=other[2]): pretrain(tmp_path, *other[:2], stop_after=2)
+    (tmp_path / "recipe.json").unlink()
+    with pytest.raises(ValueError, match="no recipe.json.*give another directory"): pretrain(tmp_path, recipe, shape, stop_after=2)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == checkpoint
+
+
 def test_the_package_holds_the_model_its_card_and_a_clean_manifest():
     place, manifest = nano_path(), Manifest.read(nano_path())
     assert sum(f.stat().st_size for f in place.rglob("*")) < 20e6 and (place / "README.md").exists()

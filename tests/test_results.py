@@ -9,8 +9,8 @@ import time
 import pytest
 
 from exprag.environment import EASY_TYPES, HARD_TYPES
-from exprag.results import (PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, answer, contrast_table, fingerprint, load_results,
-                            plot_results, plot_types, read_episodes, results_table, run_directory, types_table)
+from exprag.results import (PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, answer, contrast_table, endings_table, fingerprint,
+                            load_results, plot_results, plot_types, read_episodes, results_table, run_directory, types_table)
 from exprag.trajectory import Step, Task, Trajectory, json_line
 
 PANEL = tuple(Task("scienceworld", kind, str(v), "test") for kind in (*HARD_TYPES[:4], *EASY_TYPES[:3]) for v in (1, 2))
@@ -85,6 +85,12 @@ def test_two_writers_are_refused(tmp_path):
     with EpisodeFile(path):
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.startswith("refused")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == ""
+
+
+def test_a_new_file_is_in_its_directory_before_anything_counts(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("exprag.results.sync_directory", synced.append)
+    with EpisodeFile(tmp_path / "e.jsonl"): assert synced == [tmp_path]
 
 
 WRITER = """
@@ -192,6 +198,27 @@ def test_the_primary_contrast_stands_apart(tmp_path):
     own = contrast_table(results, Question("LoRA", "ExpRAG-LoRA", "easy"), (), draws=200)
     assert len(own.rows) == 1 and own.rows[0][2].startswith("-") and "Not run" not in own.caption
     assert answer(results, SECONDARY[-1]) is None
+
+
+def test_one_adapter_run_in_two_conditions_brings_its_luck_to_both(tmp_path):
+    for weights, folder in (({0: "aaaa", 1: "bbbb"}, "same"), ({0: "cccc", 1: "dddd"}, "other"), ({}, "unknown")):
+        for seed, luck in ((0, 0), (1, 40)):
+            own = {0: "aaaa", 1: "bbbb"}[seed] if folder != "unknown" else None
+            make_run(tmp_path / folder, "LoRA", seed, lambda t, i: 5 + i + luck, policy={"weights": own})
+            make_run(tmp_path / folder, "LoRA, retrieval at test only", seed, lambda t, i: 8 + 2 * i + luck, policy={"weights": weights.get(seed)})
+    gaps = {f.name: answer(load_results(f), Question("LoRA, retrieval at test only", "LoRA"), draws=500).gap for f in tmp_path.iterdir()}
+    assert gaps["other"] == gaps["unknown"] and gaps["other"].estimate == gaps["same"].estimate
+    assert gaps["same"].high - gaps["same"].low < 0.5 * (gaps["other"].high - gaps["other"].low)
+
+
+def test_endings_are_counted_over_all_seeds(tmp_path):
+    for seed in (0, 1):
+        folder = make_run(tmp_path, "LoRA", seed, tasks=()).folder
+        with EpisodeFile(folder / "episodes.jsonl") as file:
+            for i, task in enumerate(PANEL): file.append(episode(task, 0, stop=("failure", "context", "asleep")[min(i, 2)] if seed else "cap"))
+    table = endings_table(load_results(tmp_path))
+    assert table.header == ("condition", "episodes", "failure", "cap", "context", "asleep")
+    assert table.rows == (("LoRA", "28", "1", "14", "1", "12"),) and "context: the prompt no longer fitted" in table.caption and "asleep:" not in table.caption
 
 
 def test_one_type_alone_gives_no_interval(tmp_path):

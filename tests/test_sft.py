@@ -232,6 +232,29 @@ def test_the_papers_targets_and_our_loss_on_the_papers_families(family, tmp_path
     with torch.no_grad(): assert float(model.eval()(**data).loss) == pytest.approx(nats / count, rel=1e-4)
 
 
+def test_a_model_that_is_registered_as_one_that_sees_can_be_trained_and_can_act(tmp_path):
+    import torch
+    from chat_models import make_tokenizer
+    from exprag.agent import HFPolicy
+    from exprag.prompt import PromptFormat
+    from exprag.trajectory import Trajectory
+    from transformers import AutoModelForImageTextToText, Mistral3Config
+    tokenizer, settings = make_tokenizer("ministral"), FAMILIES["Mistral3"]
+    size = len(tokenizer) + 1  # the last token stands for an image
+    text = dict(settings["text_config"], vocab_size=size, max_position_embeddings=2048)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(Mistral3Config(**{**settings, "text_config": text, "image_token_index": size - 1})).save_pretrained(tmp_path/"model")
+    tokenizer.save_pretrained(tmp_path/"model")
+    samples = toy_samples(8)
+    report = train(tmp_path/"model", samples, replace(RECIPE, lr=1e-2, max_steps=6), tmp_path, samples[:2], progress=False, threads=1)
+    bare, trained = (HFPolicy.from_pretrained(str(tmp_path/"model"), adapter, format=PromptFormat("Act.", ()), device="cpu", max_new_tokens=4)
+                     for adapter in (None, report.adapter))
+    measured = [nats / count for nats, count in (token_losses(policy.model, samples[:2]).sum(0) for policy in (bare, trained))]
+    assert measured == pytest.approx([report.dev_losses[0][1], report.dev_losses[-1][1]], rel=1e-4) and measured[1] < 0.99 * measured[0]
+    action, = trained.act([Trajectory(Task("toy", "walk", "0", "test"), "walk", "You see a door.")])
+    assert 1 <= action.tokens_out <= 4 and action.stop != "context"
+
+
 SHARED = """
 import sys
 sys.path.insert(0, {here!r})

@@ -102,6 +102,26 @@ def test_a_pair_shares_types_and_episodes_but_not_seeds():
     assert replicates(outcomes(y), outcomes(y), 1000, np.random.default_rng(1)).std() > 5
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_luck_of_an_adapter_that_both_ran_cancels(nested):
+    luck, rng = np.array([-30.0, 0.0, 30.0]), np.random.default_rng(0)
+    a = outcomes(rng.normal(50, 10, (9, 4, 1)) + luck)
+    b = outcomes(a.values + 5)
+    assert np.allclose(replicates(b, a, 1000, np.random.default_rng(1), nested, shared_seeds=True), 5)
+    assert replicates(b, a, 1000, np.random.default_rng(1), nested).std() > 1
+
+
+def test_with_one_seed_it_makes_no_difference_how_seeds_are_drawn():
+    a, b = (outcomes(np.random.default_rng(i).normal(50, 20, (9, 4, 1))) for i in (0, 1))
+    assert hierarchical_bootstrap(a, b, draws=500) == hierarchical_bootstrap(a, b, draws=500, shared_seeds=True)
+
+
+def test_only_equal_seeds_are_drawn_together():
+    a, b = (Outcomes.of([(t, "1", s, 1.0) for t in "ab" for s in seeds]) for seeds in ((0, 1), (0, 2)))
+    assert hierarchical_bootstrap(a, b, draws=50).estimate == 0
+    with pytest.raises(ValueError, match=r"ran seeds \(0, 1\) and \(0, 2\).*leave shared_seeds out"): hierarchical_bootstrap(a, b, shared_seeds=True)
+
+
 def test_padding_never_enters():
     full = np.random.default_rng(0).normal(50, 10, (6, 3, 2))
     ragged = full.copy()

@@ -44,6 +44,11 @@ def test_round_trip_and_idempotence(store):
     assert episode(3).id in store and "0" * 32 not in store
 
 
+def test_an_episode_whose_extra_is_named_like_its_record_is_read_back(store):
+    one = replace(episode(1), extra={"id": "x", "schema": 9})
+    assert store.add(one) and store.get(one.id) == one and list(store) == [one]
+
+
 def test_iteration_goes_over_pages(store):
     store.add_many(episode(i, steps=1) for i in range(450))
     assert [t.id for t in store] == store.find() and len(store) == 450

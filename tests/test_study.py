@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders import WordEncoder
-from exprag.environment import side
+from exprag.environment import Panel, side
 from exprag.hybrid import WordRetriever
 from exprag.query import Retriever
+from exprag.samples import LeakError
 from exprag.select import composition
+from exprag.sft import Manifest
 from exprag.situations import Every, Once, PlaceRetriever
 from exprag.statistics import compare
 from exprag.store import VIEWS, Store
 from exprag.study import (AHEAD, CHOICES, LIVE, Asked, Choice, Reader, Study, beginning, effects, effects_table, factorial, followed, found,
-                          interaction, plot_effects, procedure_hits, read_packed, read_studies, readable, shares, write_studies)
+                          interaction, lived, main, plot_effects, procedure_hits, read_packed, read_studies, readable, shares, write_studies)
 from exprag.trajectory import Step, Task, Trajectory, read_jsonl
 from exprag.views import view
 
@@ -281,3 +283,42 @@ def test_choices_recall_what_they_say(store, episodes):
         assert len(made) <= choice.k and (len(made) == 0) == (choice.memory == "none") and choice.format().view == choice.view, name
         assert all(e.task != episodes[0].task for e in made), name
     assert len(Choice(k=1).recall(store, encoder).recall(beginning(episodes[0]))) == 1
+
+
+MELT = Task("scienceworld", "melt", "14", "dev")
+
+
+def adapter_of(folder, tasks=(), kind="adapter"):
+    (folder / "adapter").mkdir(parents=True)
+    Manifest(kind, "planted", tuple(tasks)).write(folder)
+    return str(folder / "adapter")
+
+
+@pytest.mark.parametrize("task", [MELT, replace(MELT, variation="15"), Task("scienceworld", "grow-plant", "0", "train")])
+def test_an_adapter_that_saw_dev_or_hard_tasks_is_refused_before_it_is_asked_anything(tmp_path, task, monkeypatch):
+    monkeypatch.setattr("exprag.study.load_model", None)
+    with pytest.raises(LeakError, match=rf"adapter 'planted': .*{task.type}"):
+        main([str(DATA), "--adapter", adapter_of(tmp_path / "run", [task]), "--live", "0"])
+
+
+def test_an_adapter_that_saw_easy_train_tasks_is_let_in(tmp_path, monkeypatch):
+    def load(model, adapter): raise InterruptedError(adapter)
+    monkeypatch.setattr("exprag.study.load_model", load)
+    saw = replace(MELT, variation="0", fold="train")
+    with pytest.raises(InterruptedError, match="run/adapter"): main([str(DATA), "--adapter", adapter_of(tmp_path / "run", [saw])])
+
+
+def test_an_adapter_of_which_nobody_knows_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(LeakError, match="there is no .*manifest.json.*give the folder adapter/ of a run"):
+        main([str(DATA), "--adapter", str(tmp_path / "adapter")])
+    with pytest.raises(LeakError, match="is the manifest of a pretraining"):
+        main([str(DATA), "--adapter", adapter_of(tmp_path / "run", kind="pretraining")])
+
+
+def test_what_an_adapter_saw_is_known_to_the_audit_when_it_acts(store, tmp_path):
+    from exprag.agent import load_model
+    panel = Panel("one", (MELT,), {"melt": 1}, {})
+    play = lambda seen: lived(*load_model("nano"), store, WordEncoder(), panel, tmp_path, {"alone": Choice("none")}, seen)
+    with pytest.raises(LeakError, match="adapter 'planted': a task of panel 'one'"): play([Manifest("adapter", "planted", (MELT,))])
+    with pytest.raises(LeakError, match="no adapter manifest"): play([Manifest("pretraining", "nano")])

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from hypothesis import given, strategies as st
 from trajectory_strategies import calm, example, mapping, number, tasks, trajectories
 
 from exprag.trajectory import (
-    FrozenMap, SCHEMA_VERSION, Step, Task, Trajectory, TrajectoryError, iter_jsonl, normalise_score, read_jsonl, write_jsonl)
+    FrozenMap, SCHEMA_VERSION, Step, Task, Trajectory, TrajectoryError, iter_jsonl, normalise_score, read_jsonl, replacing, write_jsonl)
 
 
 # -- values
@@ -146,6 +147,30 @@ def test_jsonl_round_trip(tmp_path_factory, ts):
     path = tmp_path_factory.mktemp("t") / "t.jsonl"
     assert write_jsonl(iter(ts), path) == len(ts)
     assert read_jsonl(path) == (ts, []) and list(iter_jsonl(path)) == ts
+
+
+def test_an_extra_may_be_named_like_what_tells_of_the_record():
+    trajectory = example(extra={"id": "x", "schema": 9}, steps=(Step("a", "b", extra={"id": 3, "schema": None, "extra": {}}),))
+    assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
+    with pytest.raises(TrajectoryError, match="schema version None"): Trajectory.from_dict({k: v for k, v in trajectory.to_dict().items() if k != "schema"})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+def test_a_new_file_follows_the_umask_and_a_replaced_one_keeps_its_permissions(tmp_path):
+    path, before = tmp_path / "t.jsonl", os.umask(0o027)
+    try:
+        for mode in (0o640, 0o600, 0o444):
+            if mode != 0o640: path.chmod(mode)
+            write_jsonl([example()], path)
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally: os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+def test_a_private_file_is_private_while_it_is_replaced(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.touch(0o600)
+    with replacing(path) as temporary: assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

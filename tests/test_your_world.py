@@ -16,7 +16,7 @@ from exprag.select import NoMemory
 from exprag.store import Store
 from exprag.trajectory import SCORE_RANGES, Task, normalise_score, read_jsonl, write_jsonl
 from exprag.your_world import (
-    QUESTIONS, SHOP_FOLDS, SHOP_TEMPLATES, TOOLS, ShopEnv, action_of, open_shop, shop_expert, shop_tasks, tool_call, use_tool, with_tool_calls)
+    QUESTIONS, SHOP_FOLDS, SHOP_TEMPLATES, TOOLS, ShopEnv, action_of, guarded, open_shop, shop_expert, shop_tasks, tool_call, use_tool, with_tool_calls)
 
 FIRST = Task("shop", "count-orders", 0, "train")
 
@@ -46,6 +46,15 @@ def test_a_query_without_end_ends(shop):
     start = time.process_time()
     assert use_tool(shop, "query", "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n").startswith("Error: interrupted")
     assert time.process_time() - start < 5 and use_tool(shop, "query", "SELECT 1") == "1", "and the next one runs"
+
+
+def test_each_query_of_a_guarded_database_has_patience_of_its_own():
+    database = guarded(sqlite3.connect(":memory:"))
+    count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {}) SELECT count(*) FROM n"
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError, match="interrupted"): database.execute(count.format(5_000_000)).fetchall()
+    for _ in range(20): assert database.execute(count.format(50_000)).fetchall() == [(50_000,)]
+    database.close()
 
 
 def test_long_answers_are_cut(shop):
@@ -134,7 +143,9 @@ def test_a_call_stands_for_its_action(tool, argument):
     assert again.strip() == action.strip() and tool_call(1, again) == tool_call(1, action)
 
 
-@pytest.mark.parametrize("arguments, seen", [("{", "Error: "), ("[]", "Error: "), ("7", "Error: "), ('{"text": "SELECT 1"}', "Error: "), ('{"sql": "SELECT 1"}', "1"), ('{"sql": 1}', "Error: "), (None, "Nothing."), ("", "Nothing.")])
+@pytest.mark.parametrize("arguments, seen", [
+    ("{", "Error: "), ("[]", "Error: "), ("7", "Error: "), ('{"text": "SELECT 1"}', "Error: "), ('{"sql": "SELECT 1"}', "1"), ('{"sql": 1}', "Error: "),
+    *((nothing, "Error: query needs its sql: query OBJ.") for nothing in (None, "", "{}", '{"sql": ""}', '{"sql": " "}'))])
 def test_a_call_that_is_none_is_answered(arguments, seen):
     env = ShopEnv()
     env.reset(FIRST)

@@ -11,7 +11,7 @@ number = st.floats(-100, 100) | st.integers(-100, 100)
 value = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | text,
                      lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2), max_leaves=4)
 mapping = st.dictionaries(text, value, max_size=3)
-own_extra = st.dictionaries(st.sampled_from(["colour", "seconds", "loss_scale"]), value, max_size=2)
+own_extra = st.dictionaries(st.sampled_from(["colour", "seconds", "loss_scale", "id", "schema"]), value, max_size=2)
 tasks = st.builds(Task, st.just("scienceworld"), word, st.integers(0, 999).map(str) | word, st.sampled_from(["train", "dev", "test"]))
 plain_steps = st.builds(Step, text, text, number, st.none() | text, st.just(()), own_extra)
 call = st.fixed_dictionaries({"id": st.uuids().map(str), "type": st.just("function"),
