@@ -32,10 +32,10 @@ from .sft import Manifest, model_path, train
 from .store import Store
 from .trajectory import Task
 
-# %% ../nbs/10_demo.ipynb #10c0e914
+# %% ../nbs/10_demo.ipynb #6529ca3f
 FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA")
 CONTROLS = ("replay", "random experience", "oracle experience")
-DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # the Mendelian types take a minute an episode
+DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # an expert of the Mendelian types takes half a minute an episode
 
 # %% ../nbs/10_demo.ipynb #815e8871
 @dataclass(frozen=True)
