@@ -177,9 +177,9 @@ def test_a_budget_tells_briefly_before_it_drops(lengths, room, k, views):
         assert c.experience.id == found[c.hit.rank - 1].experience.id
 
 
-@given(st.lists(st.integers(0, 30), max_size=8), st.integers(0, 400), st.sampled_from([None, 0, 2, 5]))
+@given(st.lists(st.integers(1, 30), max_size=8), st.integers(0, 400), st.sampled_from([None, 0, 2, 5]))
 @settings(max_examples=60)
-def test_a_brief_view_is_the_last_resort(lengths, room, k):
+def test_a_brief_view_is_the_last_resort(lengths, room, k):  # of an episode without a step the chat may be shorter than the list
     found = candidates(*(episode(i, steps=n) for i, n in enumerate(lengths)))
     whole, resort = fit(room, words, k=k)(standing(), found), fit(room, words, k=k, brief=["bare"])(standing(), found)
     assert {c.experience.provenance["shown_as"] for c in whole[0]} <= {"chat", "actions"}  # views that keep what was done
