@@ -8,10 +8,9 @@ __all__ = ['KEYS', 'SOUGHT', 'MAGIC', 'QUERIES_KEPT', 'goal', 'key_function', 'E
            'faiss_threads', 'ExactIndex', 'IndexMismatch', 'write_index', 'read_index', 'embed_missing', 'Questions',
            'Retriever']
 
-# %% ../nbs/03_query.ipynb #a1e97f15
+# %% ../nbs/03_query.ipynb #70469a4a
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from .care import header_hash
 from .store import Store, id_set_hash
-from .trajectory import Trajectory
+from .trajectory import Trajectory, replacing
 
 # %% ../nbs/03_query.ipynb #78013b90
 def goal(trajectory: Trajectory) -> str:
@@ -254,7 +253,7 @@ class ExactIndex:
 class IndexMismatch(ValueError):
     "A saved index that was made with another encoder or key."
 
-# %% ../nbs/03_query.ipynb #78f2567a
+# %% ../nbs/03_query.ipynb #a57e5313
 MAGIC = b"exprag index 1\n"
 
 def write_index(path: Path,
@@ -266,15 +265,7 @@ def write_index(path: Path,
     header = {**header, "episodes": len(index.ids), "sha256": sha256(body).hexdigest()}
     header = {**header, "check": header_hash(header)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(MAGIC + json.dumps(header).encode() + b"\n" + body)
-            file.flush(); os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary: temporary.write_bytes(MAGIC + json.dumps(header).encode() + b"\n" + body)
 
 # %% ../nbs/03_query.ipynb #c29f1034
 def read_index(path: Path,

@@ -6,10 +6,9 @@
 __all__ = ['CELL_SAMPLE', 'FEW', 'MAGIC', 'HEADER', 'marks_of', 'train_cells', 'Allowed', 'KeyRows', 'ApproximateIndex', 'probe',
            'calibrate_cells', 'write_large', 'read_large', 'LargeRetriever']
 
-# %% ../nbs/03d_scale.ipynb #e72b7bcb
+# %% ../nbs/03d_scale.ipynb #cc71753e
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from .care import header_hash
 from .query import ExactIndex, Hit, IndexMismatch, Retriever, embed_missing, faiss_threads
 from .store import id_set_hash
+from .trajectory import replacing
 
 # %% ../nbs/03d_scale.ipynb #f0941176
 def marks_of(vectors: np.ndarray  # float32 [n, dim]
@@ -188,7 +188,7 @@ def calibrate_cells(index: ApproximateIndex,
             cells = min(2 * cells, index.ivf.nlist)
     return cells
 
-# %% ../nbs/03d_scale.ipynb #741e287c
+# %% ../nbs/03d_scale.ipynb #1d9fd4fa
 MAGIC, HEADER = b"exprag index 2\n", 1024  # bytes of the header line, filled with blanks
 
 def write_large(path: Path,
@@ -198,24 +198,17 @@ def write_large(path: Path,
     import faiss
     digest = sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            def put(data):
-                digest.update(data)
-                return file.write(data)
-            file.write(MAGIC + b" " * (HEADER - 1) + b"\n")
-            for array in (index.keys, index.rows, index.marks): put(array.tobytes())
-            faiss.write_index(index.ivf, faiss.PyCallbackIOWriter(put, 1 << 20))
-            header = {**header, "episodes": len(index), "rows": len(index.marks), "nprobe": index.nprobe, "trained_on": index.trained_on, "sha256": digest.hexdigest()}
-            header = {**header, "check": header_hash(header)}
-            file.seek(len(MAGIC))
-            file.write(json.dumps(header).encode().ljust(HEADER - 1))
-            file.flush(); os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        def put(data):
+            digest.update(data)
+            return file.write(data)
+        file.write(MAGIC + b" " * (HEADER - 1) + b"\n")
+        for array in (index.keys, index.rows, index.marks): put(array.tobytes())
+        faiss.write_index(index.ivf, faiss.PyCallbackIOWriter(put, 1 << 20))
+        header = {**header, "episodes": len(index), "rows": len(index.marks), "nprobe": index.nprobe, "trained_on": index.trained_on, "sha256": digest.hexdigest()}
+        header = {**header, "check": header_hash(header)}
+        file.seek(len(MAGIC))
+        file.write(json.dumps(header).encode().ljust(HEADER - 1))
 
 # %% ../nbs/03d_scale.ipynb #453ad625
 def read_large(path: Path,

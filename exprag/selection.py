@@ -7,12 +7,11 @@ __all__ = ['with_failures', 'cap_per_type', 'vector_likeness', 'procedure_likene
            'Judgement', 'judge', 'regrets', 'thresholds_between', 'Calibration', 'calibrate', 'near_enough', 'Utility',
            'Outcomes', 'z_scores', 'by_utility', 'Html', 'html_row', 'html_table', 'html_episode', 'look']
 
-# %% ../nbs/04b_selection.ipynb #bbf313d5
+# %% ../nbs/04b_selection.ipynb #28756e21
 import html
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../nbs/04b_selection.ipynb #412b788f
+# %% ../nbs/04b_selection.ipynb #b75a6f44
 from .procedure import procedure, procedure_distances
 from .query import Hit, Retriever
 from .select import Candidate, Memory, Selection, Stage, Table, digest_of, label_of
 from .store import VIEWS
-from .trajectory import FrozenMap, Task, Trajectory
+from .trajectory import FrozenMap, Task, Trajectory, replacing
 from .views import view as view_named
 
 # %% ../nbs/04b_selection.ipynb #300a0759
@@ -247,7 +246,7 @@ class Utility(NamedTuple):
     value: float  # from -1 to 1; 0: as good as usual, or not known
     outcomes: int  # how many it rests on
 
-# %% ../nbs/04b_selection.ipynb #f43d3c1b
+# %% ../nbs/04b_selection.ipynb #bb09a441
 class Outcomes:
     "How episodes ended and what they had read, as a set."
     def __init__(self, doubt: float = 4.0):  # how many outcomes the first guess (0) weighs
@@ -282,14 +281,7 @@ class Outcomes:
     def save(self, path: str | os.PathLike):
         "Write to a JSON file, which appears whole or not at all."
         path, text = Path(path), json.dumps({"doubt": self.doubt, "outcomes": dict(sorted(self.kept.items()))}, indent=0)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text); file.flush(); os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary: temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Outcomes":

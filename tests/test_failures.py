@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.failures import CAUSES, REFUSALS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, resumed, sources, sources_table, write_cases
+from exprag.failures import CAUSES, REFUSALS, SLIPS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, resumed, slips, slips_table, sources, sources_table, write_cases
 from exprag.results import EpisodeFile, Results, Run
 from exprag.trajectory import Step, Task, Trajectory
 
@@ -110,3 +110,16 @@ def test_tables_count_each_episode_once():
     assert table.rows[0][:3] == ("ExpRAG", "3", "1") and table.rows[1][:4] == ("LoRA", "1", "0", "1")
     assert [sum(int(x) for x in row[2:] if x) for row in table.rows] == [3, 1]
     assert [row[0] for row in sources_table(made).rows] == ["ExpRAG"]  # nothing was shown to the other
+
+
+def test_slips_are_another_line_or_another_continuation():
+    lines = ["pick up jar", "look around", "move seed in jar to pot", *(f"wait{n}" for n in range(3, 14))]
+    def kinds(*actions): return {kind: n for kind, n in slips([case(list(actions), lines)]).items() if n}
+    assert kinds(*lines) == {} and tuple(slips([])) == SLIPS
+    assert kinds("pick up jar to pot") == {"goes on as another": 1}  # 'jar' is followed by 'to' two lines below
+    assert kinds("pick up seed") == {"begins as its line": 1} and kinds("sing") == {"neither": 1}
+    assert kinds(*lines[:12], lines[2]) == {"another line": 1, "once": 1, "same digit": 1, "chance": pytest.approx(1 / 13)}
+    assert kinds(*lines[:11], lines[2]) == {"another line": 1, "once": 1, "chance": pytest.approx(1 / 13)}
+    assert kinds(*lines, "one more") == {}, "there is no line of that number"
+    table = slips_table([Case("reader", told(["sing"]), (told(lines),)), Case("blind", told(["sing"])), Case("true", told(lines), (told(lines),))])
+    assert [row[0] for row in table.rows] == ["reader"]
