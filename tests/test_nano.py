@@ -7,8 +7,8 @@ from hashlib import sha256
 import pytest
 
 from exprag.environment import EASY_TYPES, side
-from exprag.lookup import Document, Replay, Words, again, curriculum, done_again, longer_name, periodic, places, pointing, procedures, reach, repeats, spelled, steady
-from exprag.nano import Pretraining, Shape, load_nano, lookup_accuracy, nano_path, new_model, pretrain
+from exprag.lookup import Document, Replay, Words, again, alike, curriculum, done_again, families, longer_name, looping, loops, numbering, periodic, places, pointing, procedures, reach, repeats, spelled, steady
+from exprag.nano import Pretraining, Shape, grow, load_nano, lookup_accuracy, nano_path, new_model, pretrain, wider
 from exprag.play import play_texts, train_tokenizer
 from exprag.sft import Manifest
 from exprag.trajectory import Step, Task, Trajectory, write_jsonl
@@ -29,7 +29,7 @@ def words():
     return Words(tokenizer, [episode()])
 
 
-@pytest.mark.parametrize("generator", [g for phase in (*curriculum(), reach(10), *places(0, 10), pointing(10), steady(10)) for _, _, g in phase.mix])
+@pytest.mark.parametrize("generator", [g for phase in (*curriculum(), reach(10), *places(0, 10), pointing(10), steady(10), numbering(10), looping(10)) for _, _, g in phase.mix])
 def test_documents_are_as_long_as_asked_and_the_same_for_the_same_seed(words, generator):
     a, b = (generator(random.Random(5), words, 2000) for _ in range(2))
     assert a == b and len(a.ids) == len(a.mask) <= 2000 and sum(a.mask) > 0
@@ -48,6 +48,61 @@ def answers(words, document) -> list[tuple[list[int], int]]:
     starts = [n for n, token in enumerate(document.ids) if token == words.role["assistant"]]
     ends = [document.ids.index(words.end, n) for n in starts]
     return [(document.ids[a + 1:b], document.mask[a + 1]) for a, b in zip(starts, ends)]
+
+
+def test_in_families_only_the_number_tells_what_is_supervised(words):
+    for seed in range(60):
+        document = families(random.Random(seed), words, 4000)
+        spell = lambda ids: "".join(f"<{i}>" for i in ids)
+        text, *turns = spell(document.ids).split(spell([words.role["user"]]))
+        for turn in turns:
+            said, done = turn.split(spell([words.end, words.role["assistant"]]))
+            number = next(n for n in range(60, 0, -1) if said.endswith(spell(words.number(n))))
+            (line,) = [part for mark in words.counters for part in text.split(spell([*words.number(number), *mark]))[1:2]]
+            assert line.startswith(done.removesuffix(spell([words.end]))), (seed, number)
+
+
+def test_in_a_list_that_loops_what_is_done_is_the_line_of_the_number(words):
+    again = 0
+    for seed in range(40):
+        document = loops(random.Random(seed), words, 6000)
+        spell = lambda ids: "".join(f"<{i}>" for i in ids)
+        text, *turns = spell(document.ids).split(spell([words.role["user"]]))
+        lines = {}
+        for turn in turns:
+            said, done = turn.split(spell([words.end, words.role["assistant"]]))
+            number = next(n for n in range(99, 0, -1) if said.endswith(spell(words.number(n))))
+            (line,) = [part for mark in words.counters for part in text.split(spell([*words.number(number), *mark]))[1:2]]
+            done = done.removesuffix(spell([words.end]))
+            assert line.startswith(done), (seed, number)
+            again += done in lines.values()
+            lines[number] = done
+    assert again > 400
+
+
+def test_lines_can_be_made_to_begin_alike(words):
+    for seed in range(40):
+        turns = [([10 + n, 20 + n, 30 + n], [n]) for n in range(6)]
+        made = alike(random.Random(seed), words, turns)
+        assert [t for t in made if t in turns] == turns and len(made) >= len(turns) + 3
+        first = [action[0] for action, _ in made]
+        assert max(map(first.count, first)) >= 4
+
+
+def test_a_model_that_is_made_wider_computes_the_same_and_a_grown_one_holds_the_number():
+    tokenizer = train_tokenizer(play_texts([episode()]), 600)
+    model = new_model(tokenizer, Shape(layers=3), 1)
+    ids = torch.tensor([tokenizer("\n4. go to kitchen\n5. go to hallway\n6. go to room\nYou move to it\n5 go to", add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode(): before, after = model(ids).logits, wider(model, 6)(ids).logits
+    assert torch.allclose(before, after, atol=1e-4)
+    new = grow(model, tokenizer)
+    assert new.config.num_attention_heads == 6 and new.config.head_dim == 48
+    new.set_attn_implementation("eager")
+    with torch.inference_mode(): number, same, *_ = (layer[0, 4, -1] for layer in new(ids, output_attentions=True).attentions)
+    digits = [n for n, i in enumerate(ids[0].tolist()) if tokenizer.decode([i]) in ("4", "5", "6")]
+    assert number.argmax() == digits[-1] and number.max() > 0.8
+    lines = [float(same[a:b].sum()) for a, b in zip(digits, digits[1:])]
+    assert lines[1] == max(lines)
 
 
 def test_action_n_is_line_n_whatever_went_wrong(words):
@@ -88,7 +143,7 @@ def test_heads_look_back_before_any_training(words):
 
 
 def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
-    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, steady=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
+    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, steady=3_000, numbering=4_000, counting=3_000, looping=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
     hashes = []
     for name, stops in (("whole", (None,)), ("resumed", (2, 4, None))):
         (tmp_path / name).mkdir()
