@@ -16,8 +16,8 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../nbs/10_demo.ipynb #96d05622
-from .combined import check_aligned, equal_budget, retrieve_for_training
+# %% ../nbs/10_demo.ipynb #39bc489b
+from .combined import check_aligned, equal_budget, fits, retrieve_for_training
 from .environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, Panel, ScienceWorldEnv, known, panel, scienceworld_tasks, spread
 from .evaluation import (ReplayPolicy, Results, condition, contrast_table, evaluate, memory_for, oracle_paths, plot_results, results_table,
                                types_table)
@@ -27,7 +27,7 @@ from .agent import HFPolicy
 from .prompt import PromptFormat
 from .query import Retriever, SentenceEncoder
 from .results import endings_table
-from .samples import RECIPES, Recipe, make_samples
+from .samples import RECIPES, Recipe, make_samples, opening
 from .sft import Manifest, model_path, train
 from .store import Store
 from .trajectory import Task
@@ -37,7 +37,7 @@ FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", 
 CONTROLS = ("replay", "random experience", "oracle experience")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # an expert of the Mendelian types takes half a minute an episode
 
-# %% ../nbs/10_demo.ipynb #815e8871
+# %% ../nbs/10_demo.ipynb #0a20c357
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -54,6 +54,7 @@ class Plan:
     constrain: str | None = None  # 'templates': actions are written within the action templates, in every condition alike
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
     pair: str = "procedure"  # a lesson's experience is the nearest by what its expert did, or by its 'goal', as at test
+    fitting: float = 0.5  # share of a lesson's actions, at least, that are its experience's line of the same number; other lessons neither adapter gets
     drop_memory: float = 0.0  # share of training contexts left without experience
     longest: int = 32  # steps of an episode that is learnt from: longer ones cost most of the time
     steps: int = 90  # optimiser steps of each adapter
@@ -65,10 +66,10 @@ class Plan:
     @property
     def format(self) -> PromptFormat: return PromptFormat(view=self.view, counter=self.counter)
 
-# %% ../nbs/10_demo.ipynb #1a1e1d06
+# %% ../nbs/10_demo.ipynb #1d12e928
 PLANS = {"demo": Plan(),
          "quick": Plan(easy=2, hard=2, types=("chemistry-mix-paint-secondary-color", "power-component"),
-                       easy_types=("find-plant", "find-animal", "melt", "use-thermometer"), steps=12, batch_size=2, cap=12),
+                       easy_types=("find-plant", "find-animal", "melt", "use-thermometer"), fitting=0.0, steps=12, batch_size=2, cap=12),
          "wide": Plan(panel="test-hard", easy=30, hard=40)}
 
 # %% ../nbs/10_demo.ipynb #e17fc4c4
@@ -111,14 +112,17 @@ def memory_of_lessons(plan: Plan, retriever: Retriever, demonstrations):  # -> M
     paired = condition("oracle experience" if plan.pair == "procedure" else "ExpRAG-LoRA", k=plan.k)
     return memory_for(paired, retriever, {t.task: t.actions for t in demonstrations}, view=plan.view, adapted=plan.adapted)
 
-# %% ../nbs/10_demo.ipynb #9914fa42
+# %% ../nbs/10_demo.ipynb #58e33ce0
 def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
         encoder,  # a `PromptEncoder`
         progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
     "Train (or find trained) the plain and the combined adapter."
     demonstrations = [t for t in map(store.get, store.find(types=plan.easy_types, folds=["train"])) if len(t) <= plan.longest]
-    recalled = retrieve_for_training(demonstrations, memory_of_lessons(plan, retriever, demonstrations), plan.drop_memory, seed=plan.seed)
-    plain, combined = make_samples(demonstrations, encoder), make_samples(demonstrations, encoder, recalled)
+    memory = memory_of_lessons(plan, retriever, demonstrations)
+    lessons = [t for t in demonstrations if fits(t, memory.recall(opening(t)).experiences) >= plan.fitting]
+    if not lessons: raise ValueError(f"none of {len(demonstrations)} lessons is, in {plan.fitting:.0%} of its actions, what its experience does at that number: lower `fitting`")
+    recalled = retrieve_for_training(lessons, memory, plan.drop_memory, seed=plan.seed)
+    plain, combined = make_samples(lessons, encoder), make_samples(lessons, encoder, recalled)
     check_aligned(plain, combined)
     recipe = allowed(recipe, len(plain))
     reports = {"lora": train(model, plain, replace(recipe, name="lora"), folder / "adapters", progress=progress, threads=threads),

@@ -405,20 +405,20 @@ def pointing(until: int  # tokens read at its end
     teasing = partial(replays, numbered=0.95, listed=(1, 2), interrupted=0.02, renamed=0.2, teased=6, permuted=0.6)
     return Phase(until, 2048, (("teasing", 0.80, teasing), ("far repeats", 0.06, far_repeats), ("repeats", 0.06, repeats), ("play", 0.08, plays)), 8, 4)
 
-# %% ../nbs/09a_lookup.ipynb #68b5ca06
+# %% ../nbs/09a_lookup.ipynb #4d124f4e
 short_steady = partial(replays, numbered=1.0, listed=(1, 2), interrupted=0.0, renamed=0.2, teased=10, permuted=0.5, lengthened=0.7, lost=0.3)
 long_steady = partial(short_steady, steps=(20, 40), looped=3, listed=(1, 1), shown=(4, 40))
 
-
+# %% ../nbs/09a_lookup.ipynb #b89d6710
 def steady(until: int  # tokens read at its end
           ) -> Phase:
     "Replays by somebody who makes mistakes and goes on with the next line, of lists that may be long and have loops."
     return Phase(until, 3072, (("steady", 0.40, short_steady), ("long steady", 0.40, long_steady), ("far repeats", 0.06, far_repeats),
                                ("repeats", 0.06, repeats), ("play", 0.08, plays)), 6, 4)
 
-# %% ../nbs/09a_lookup.ipynb #598827a2
+# %% ../nbs/09a_lookup.ipynb #15aa4e03
 class Fresh:
-    "Runs of tokens that have come nowhere before in a document."
+    "Runs of words: a whole one comes once, a spelled one is drawn by chance."
 
     def __init__(self, chance: random.Random, words: Words,
                  rare: float):  # share of words that are spelled
@@ -453,14 +453,14 @@ def families(chance: random.Random, words: Words, length: int,
         document.add([*close, words.end])
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #993fa9ca
+# %% ../nbs/09a_lookup.ipynb #d7532a79
 def loops(chance: random.Random, words: Words, length: int) -> Document:
     "A numbered list of which one to three lines come again and again, done one by one."
     document, several = Document(), Fresh(chance, words, 0.12)
     count, stems = chance.choice(words.counters), [several(chance.randint(1, 3)) for _ in range(chance.randint(2, 6))]
     def line() -> list[int]: return (chance.choice(stems) if chance.random() < 0.7 else []) + several(chance.randint(1, 4))
     before, ring, after = ([line() for _ in range(chance.randint(*few))] for few in ((2, 25), (1, 3), (0, 12)))
-    lines = (before + ring * chance.randint(4, 32 // len(ring) + 8) + after)[:95]
+    lines = before + ring * chance.randint(4, 32 // len(ring) + 8) + after  # at most 91
     text, most = several(chance.randint(0, 8)), chance.randint(1, 16)
     for n, said in enumerate(lines, 1): text += words.number(n) + count + said
     words.turn(document, "system", text)
@@ -470,19 +470,19 @@ def loops(chance: random.Random, words: Words, length: int) -> Document:
         words.turn(document, "assistant", said, 1)
     return document.cut(length)
 
-# %% ../nbs/09a_lookup.ipynb #1865430d
+# %% ../nbs/09a_lookup.ipynb #feaddbba
 likened = partial(short_steady, steps=(3, 20), listed=(1, 1), teased=4, lengthened=0.5, shown=(4, 60), likened=True)
 long_likened = partial(likened, steps=(15, 40), looped=3)
 long_families = partial(families, lines=(20, 70), stems=(1, 6))
 
-
+# %% ../nbs/09a_lookup.ipynb #f64fa470
 def numbering(until: int  # tokens read at its end
              ) -> Phase:
     "Lists in which only the number tells lines apart, and the replays of the last phase beside them."
     return Phase(until, 3072, (("families", 0.60, families), ("alike", 0.14, likened), ("steady", 0.07, short_steady), ("long steady", 0.08, long_steady),
                                ("far repeats", 0.04, far_repeats), ("repeats", 0.05, repeats), ("play", 0.02, plays)), 12, 4)
 
-
+# %% ../nbs/09a_lookup.ipynb #85ea57ae
 def counting(until: int  # tokens read at its end
             ) -> Phase:
     "The same with long lists too, whose numbers have two digits."
@@ -490,7 +490,7 @@ def counting(until: int  # tokens read at its end
                                ("steady", 0.06, short_steady), ("long steady", 0.08, long_steady), ("far repeats", 0.03, far_repeats), ("repeats", 0.05, repeats),
                                ("play", 0.02, plays)), 12, 4)
 
-
+# %% ../nbs/09a_lookup.ipynb #94662ecb
 def looping(until: int  # tokens read at its end
            ) -> Phase:
     "The same with lists that go round in circles."

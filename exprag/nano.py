@@ -52,13 +52,13 @@ def look_back(model,  # a Qwen2ForCausalLM
             attention.k_proj.bias[where] = torch.cat([fast, torch.zeros(size // 2)])
             attention.q_proj.bias[where] = torch.cat([fast * torch.cos(theta * distance), -fast * torch.sin(theta * distance)])
 
-# %% ../nbs/09b_small_model.ipynb #ae2fae38
+# %% ../nbs/09b_small_model.ipynb #e27ba5b8
 @dataclass(frozen=True)
 class Shape:
     "The size of a small model."
     hidden: int = 192  # width
     layers: int = 5
-    heads: int = 4
+    heads: int = 4  # at first; `grow` adds to them
     feed_forward: int = 512
     look_back: tuple[tuple[int, ...], ...] = ((1, 2, 3), (4,))  # distances at which heads begin to look, layer by layer; (): none
     context: int = 8192  # positions
@@ -104,23 +104,23 @@ def wider(model, heads: int):
             else: parameter[:len(given)] = given
     return new
 
-# %% ../nbs/09b_small_model.ipynb #2dfa8900
+# %% ../nbs/09b_small_model.ipynb #3de56d2d
 def grow(model,  # a Qwen2ForCausalLM
          tokenizer,
          same: Sequence[int] = (1, 2, 3),  # layers whose new head looks for what has the same number
          sharpness: float = 30.0,  # score of the latest digit
          match: float = 12.0,  # of a place with the same number, about
          seed: int = 0):
-    "The model with new heads: one in the first layer that holds the latest number, and in others one that looks where the number is the same."
+    "The model with new heads: one in the first layer that holds the latest digit, and in others one that looks where it is the same."
     import torch
     torch.manual_seed(seed)
     hidden, old, size = model.config.hidden_size, model.config.num_attention_heads, model.config.hidden_size // model.config.num_attention_heads
-    new = wider(model, next(n for n in range(old + 1, hidden + 1) if hidden % n == 0))
+    new = wider(model, next(n for n in range(old + 1, hidden + 1) if hidden % n == 0))  # Transformers wants a width that the heads divide
     frequency = model.config.rope_parameters["rope_theta"] ** (-torch.arange(size // 2) / (size // 2))
     near, slow = (frequency < 0.35) & (frequency > 0.02), [n for n in range(size) if n % (size // 2) >= 3 * (size // 2) // 4]
     with torch.no_grad():
         code, loud = number_code(model, tokenizer), model(torch.arange(700)[None] % len(tokenizer), output_hidden_states=True).hidden_states[1].norm(dim=-1).mean()
-        write = torch.linalg.qr(torch.randn(hidden, code.shape[1]))[0]
+        write, marks = torch.linalg.qr(torch.randn(hidden, code.shape[1]))[0], min(size, code.shape[1])  # a narrow head holds the first marks only
         for number, layer in enumerate(new.model.layers):
             q, k, v, o = (getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
             begin, mine = old * size, slice(old * size, (old + 1) * size)
@@ -129,12 +129,13 @@ def grow(model,  # a Qwen2ForCausalLM
                 q.weight[mine], q.bias[mine] = 0.0, strength
                 k.weight[mine], k.bias[mine] = strength[:, None] * code.sum(1), 0.0
                 v.weight[mine], v.bias[mine] = 0.0, 0.0
-                v.weight[begin:begin + code.shape[1]] = code.T
-                o.weight[:, begin:begin + code.shape[1]] = write * loud / 2
+                v.weight[begin:begin + marks] = code.T[:marks]
+                o.weight[:, begin:begin + marks] = write[:, :marks] * loud / 2
             elif number in same:
                 for part in (q, k):
                     part.weight[mine], part.bias[mine] = 0.0, 0.0
-                    for row, direction in zip(slow, write.T): part.weight[begin + row] = direction * 2 * math.sqrt(match * math.sqrt(size) / hidden)
+                    for row, direction in zip(slow, write.T):  # rows in pairs: some marks share a frequency, which training has to mend
+                        part.weight[begin + row] = direction * 2 * math.sqrt(match * math.sqrt(size) / hidden)
     return new
 
 # %% ../nbs/09b_small_model.ipynb #888cf8c9

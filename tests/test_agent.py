@@ -456,6 +456,14 @@ def test_experience_is_shown_in_the_words_of_the_world(world, said, grammar):
     assert held == [action_templates("alfworld", {"grammar": grammar}), ()], "what it may write is in the words of the world too"
 
 
+def test_an_agent_held_to_templates_may_answer_the_question_that_the_world_asks():
+    policy, begun = policy_of(constrain="templates"), Trajectory(Task("scienceworld", "grow-plant", "0", "test"), "grow an apple", "a greenhouse")
+    question = begun.with_step(Step("move seed to pot", "Ambiguous request: Please enter the number (or blank to cancel):\n0:\tmove seed (in jar)\n1:\tmove seed (in pot)\n"))
+    answered = question.with_step(Step("0", "You move the seed. 3:\tno question"))
+    listed, asked, after = (policy.draft(0, t, ()).templates for t in (begun, question, answered))
+    assert asked == (*listed, "0", "1") and after == listed
+
+
 @pytest.mark.parametrize("world", [House, OldHouse])
 def test_what_tells_one_memory_from_another_is_the_text_that_the_agent_reads(world):
     class Plain(Watching): format = PromptFormat()

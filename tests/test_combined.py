@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from exprag.combined import (audit, check_aligned, check_experience, equal_budget, index_manifest, is_hard, leaks, retrieve_for_training)
+from exprag.combined import (audit, check_aligned, check_experience, equal_budget, fits, index_manifest, is_hard, leaks, retrieve_for_training)
 from exprag.environment import EASY_TYPES, HARD_TYPES, panel
 from exprag.prompt import PromptEncoder
 from exprag.query import Retriever, SentenceEncoder
@@ -55,6 +55,15 @@ def test_every_episode_gets_experience_but_never_itself(retriever):
         found = recalled.recall(t)
         assert t.task not in [e.task for e in found.experiences] and t.id not in found.ids
         assert found.ids == memory(retriever).recall(opening(t)).ids, "what the test would retrieve"
+
+
+def test_a_lesson_fits_by_the_lines_of_its_own_numbers():
+    (a,) = episodes(1)
+    late = replace(a, steps=a.steps[1:], score=None, success=None)
+    other = replace(a, steps=(a.steps[0], *late.steps[1:], a.steps[0]), score=None, success=None)
+    assert fits(a, [a]) == fits(a, [a, late]) == 1 and fits(a, []) == 0
+    assert fits(a, [other]) == 1 / len(a) and fits(a, [late]) == sum(x == y for x, y in zip(a.actions, late.actions)) / len(a) < 1
+    assert fits(replace(a, steps=(), score=None, success=None), [a]) == 0
 
 
 def test_only_the_opening_is_looked_at(retriever):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from chat_models import make_model, make_tokenizer
-from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo, demo_panel, demo_tasks, memory_of_lessons
+from exprag.agent import HFPolicy
+from exprag.combined import fits
+from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo, demo_panel, demo_tasks, fit, memory_of_lessons
 from exprag.environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, side
 from exprag.procedure import procedure, procedure_distances
 from exprag.query import Retriever, SentenceEncoder
@@ -102,6 +104,25 @@ def test_lessons_are_paired_by_what_was_done_or_by_goal(finished):
         with pytest.raises(ValueError, match="unknown way to pair lessons 'luck'"): memory_of_lessons(replace(PLANS["quick"], pair="luck"), retriever, lessons)
     assert all(t.task != e.task for found in shown.values() for t, e in zip(lessons, found))
     assert (far(shown["procedure"]) <= far(shown["goal"]) + 1e-6).all() and {e.task.type for e in shown["procedure"]} <= set(EASY_TYPES)
+
+
+def test_lessons_that_no_experience_fits_are_left_out(finished, monkeypatch):
+    given = []
+    def train(model, samples, *rest, **settings):
+        given.append({s.task for s in samples})
+        raise InterruptedError
+    monkeypatch.setattr("exprag.demo.train", train)
+    with Store(next(finished[0].glob("experience-*.db"))) as store:
+        retriever, encoder = Retriever(store, SentenceEncoder()), HFPolicy.from_pretrained("nano", batch_size=1).encoder
+        retriever.load(finished[0] / "experience.index")
+        lessons = {t.task: t for t in map(store.get, store.find(types=PLANS["quick"].easy_types)) if len(t) <= 32}
+        memory = memory_of_lessons(PLANS["quick"], retriever, lessons.values())
+        share = {task: fits(t, memory.recall(opening(t)).experiences) for task, t in lessons.items()}
+        edge = sorted(share.values())[len(share) // 2]
+        for least in (0.0, edge):
+            with pytest.raises(InterruptedError): fit(replace(PLANS["quick"], fitting=least), store, retriever, finished[0], "nano", RECIPES["nano"], encoder)
+        with pytest.raises(ValueError, match="lower `fitting`"): fit(replace(PLANS["quick"], fitting=1.1), store, retriever, finished[0], "nano", RECIPES["nano"], encoder)
+    assert given == [set(lessons), {task for task, fit_ in share.items() if fit_ >= edge}] and len(given[1]) < len(given[0])
 
 
 def test_the_paper_recipe_is_fitted_to_the_machine_and_the_samples():

@@ -8,7 +8,7 @@ import pytest
 
 from exprag.environment import EASY_TYPES, side
 from exprag.lookup import Document, Replay, Words, again, alike, curriculum, done_again, families, longer_name, looping, loops, numbering, periodic, places, pointing, procedures, reach, repeats, spelled, steady
-from exprag.nano import Pretraining, Shape, grow, load_nano, lookup_accuracy, nano_path, new_model, pretrain, wider
+from exprag.nano import Pretraining, Shape, grow, load_nano, lookup_accuracy, nano_path, new_model, pretrain, progress_of, wider
 from exprag.play import play_texts, train_tokenizer
 from exprag.sft import Manifest
 from exprag.trajectory import Step, Task, Trajectory, write_jsonl
@@ -143,14 +143,17 @@ def test_heads_look_back_before_any_training(words):
 
 
 def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
-    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, steady=3_000, numbering=4_000, counting=3_000, looping=3_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
-    hashes = []
-    for name, stops in (("whole", (None,)), ("resumed", (2, 4, None))):
+    recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, steady=3_000, numbering=40_000, counting=1_000, looping=1_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
+    hashes, stopped = [], []
+    for name, stops in (("whole", (None,)), ("resumed", (2, 4, 7, 8, 9, None))):
         (tmp_path / name).mkdir()
         write_jsonl([episode()], tmp_path / name / "play.jsonl")
-        for stop in stops: done = pretrain(tmp_path / name, recipe, shape, stop_after=stop)
+        for stop in stops:
+            done = pretrain(tmp_path / name, recipe, shape, stop_after=stop)
+            stopped.append(progress_of(tmp_path / name))
         hashes.append(sha256((done / "model.safetensors").read_bytes()).hexdigest())
     assert hashes[0] == hashes[1]
+    assert any("grown" in p and p["tokens"] < recipe.ends[-1] for p in stopped), "no stop after the heads were added"
     assert {t.type for t in Manifest.read(done).tasks} == {"melt"}
 
 
