@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHT', 'look_back', 'Shape', 'new_model', 'number_code', 'wider', 'grow', 'Pretraining', 'optimisers', 'batch_of',
            'predict', 'portions', 'learn', 'gather_play', 'save_checkpoint', 'progress_of', 'load_checkpoint',
-           'speed_at', 'begun_in', 'pretrain', 'as_llama', 'finish', 'nano_path', 'load_nano', 'main',
-           'lookup_accuracy']
+           'speed_at', 'begun_in', 'whole_curriculum', 'log_accuracy', 'pretrain', 'as_llama', 'finish', 'nano_path',
+           'load_nano', 'main', 'lookup_accuracy']
 
 # %% ../nbs/09b_small_model.ipynb #04a22177
 import json
@@ -306,7 +306,20 @@ def begun_in(folder: Path, recipe: Pretraining, shape: Shape) -> Path:  # the di
                 raise ValueError(f"{folder} was begun with {part} {name} = {old}, and now it is {new}: give another directory, or {name} = {old}")
     return folder
 
-# %% ../nbs/09b_small_model.ipynb #9a57e4da
+# %% ../nbs/09b_small_model.ipynb #afc7ad09
+def whole_curriculum(recipe: Pretraining) -> tuple:  # of `Phase`
+    "What is read, in order, as long as the recipe says."
+    ends = recipe.ends
+    return (*curriculum(ends[0]), reach(ends[1]), *places(*ends[1:3]), pointing(ends[3]), steady(ends[4]), numbering(ends[5]), counting(ends[6]), looping(ends[7]))
+
+# %% ../nbs/09b_small_model.ipynb #6f2c7029
+def log_accuracy(path: Path, line: dict, seen: dict  # kind -> tokens that were right, and all that were supervised
+                ) -> None:
+    "Append a line to a run's log."
+    accuracy = {kind: round(right / of, 4) for kind, (right, of) in sorted(seen.items()) if of}
+    with open(path, "a") as log: log.write(json.dumps({**line, "accuracy": accuracy}) + "\n")
+
+# %% ../nbs/09b_small_model.ipynb #e8737c08
 def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
              recipe: Pretraining = Pretraining(), shape: Shape = Shape(),
              threads: int = 1,  # of PyTorch
@@ -321,8 +334,7 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
     torch.set_num_threads(threads)
     play = gather_play(folder / "play.jsonl", recipe)
     tokenizer = train_tokenizer(play_texts(play), recipe.vocabulary)
-    *starts, total = recipe.ends
-    phases = (*curriculum(starts[0]), reach(starts[1]), *places(*starts[1:3]), pointing(starts[3]), steady(starts[4]), numbering(starts[5]), counting(starts[6]), looping(total))
+    phases, grown, total = whole_curriculum(recipe), recipe.ends[4], recipe.ends[-1]
     words, progress, model = Words(tokenizer, play), progress_of(folder), new_model(tokenizer, shape, recipe.seed)
     if "grown" in progress: model = grow(model, tokenizer, seed=recipe.seed)
     model = model.to(device)
@@ -331,23 +343,20 @@ def pretrain(out: str | os.PathLike,  # directory: made, or gone on with
     seen, begun = {}, time.perf_counter()
     with tqdm(total=total, initial=progress["tokens"], unit="token", unit_scale=True, desc="pre-training") as bar:
         while progress["tokens"] < total and (stop_after is None or progress["step"] < stop_after):
-            if "grown" not in progress and progress["tokens"] >= starts[4]:
+            if "grown" not in progress and progress["tokens"] >= grown:
                 model, progress = grow(model.cpu(), tokenizer, seed=recipe.seed).to(device), {**progress, "grown": progress["step"]}
                 steppers = optimisers(model, recipe)
             phase = next(p for p in phases if progress["tokens"] < p.until)
             chance = random.Random(f"{recipe.seed}/{progress['step']}")
             kinds, documents = zip(*(phase.draw(chance, words) for _ in range(phase.batch or recipe.batch)))
             speed = speed_at(recipe, progress)
-            for kind, (right, of) in learn(model, steppers, kinds, documents, recipe, speed, phase.parts).items():
-                before = seen.get(kind, (0, 0))
-                seen[kind] = (before[0] + right, before[1] + of)
+            for kind, counted in learn(model, steppers, kinds, documents, recipe, speed, phase.parts).items():
+                seen[kind] = tuple(map(sum, zip(counted, seen.get(kind, (0, 0)))))
             read = sum(len(d.ids) for d in documents)
             progress = {**progress, "step": progress["step"] + 1, "tokens": progress["tokens"] + read}
             bar.update(read)
             if progress["step"] % every == 0:
-                accuracy = {kind: round(right / of, 4) for kind, (right, of) in sorted(seen.items()) if of}
-                with open(folder / "log.jsonl", "a") as log:
-                    log.write(json.dumps({**progress, "seconds": round(time.perf_counter() - begun), "accuracy": accuracy}) + "\n")
+                log_accuracy(folder / "log.jsonl", {**progress, "seconds": round(time.perf_counter() - begun)}, seen)
                 seen = {}
                 save_checkpoint(folder, model, steppers, progress)
     if progress["tokens"] < total:
