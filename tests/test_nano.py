@@ -50,33 +50,31 @@ def answers(words, document) -> list[tuple[list[int], int]]:
     return [(document.ids[a + 1:b], document.mask[a + 1]) for a, b in zip(starts, ends)]
 
 
+def spell(ids) -> str: return "".join(f"<{i}>" for i in ids)
+
+
+def numbered_turns(words, document):
+    "Of each turn of a numbered list: its number, the list from the line of that number on, and what was done."
+    text, *turns = spell(document.ids).split(spell([words.role["user"]]))
+    for turn in turns:
+        said, done = turn.split(spell([words.end, words.role["assistant"]]))
+        number = next(n for n in range(99, 0, -1) if said.endswith(spell(words.number(n))))
+        (line,) = [part for mark in words.counters for part in text.split(spell([*words.number(number), *mark]))[1:2]]
+        yield number, line, done.removesuffix(spell([words.end]))
+
+
 def test_in_families_only_the_number_tells_what_is_supervised(words):
     for seed in range(60):
-        document = families(random.Random(seed), words, 4000)
-        spell = lambda ids: "".join(f"<{i}>" for i in ids)
-        text, *turns = spell(document.ids).split(spell([words.role["user"]]))
-        for turn in turns:
-            said, done = turn.split(spell([words.end, words.role["assistant"]]))
-            number = next(n for n in range(60, 0, -1) if said.endswith(spell(words.number(n))))
-            (line,) = [part for mark in words.counters for part in text.split(spell([*words.number(number), *mark]))[1:2]]
-            assert line.startswith(done.removesuffix(spell([words.end]))), (seed, number)
+        turns = list(numbered_turns(words, families(random.Random(seed), words, 4000)))
+        assert turns and all(line.startswith(done) for _, line, done in turns), seed
 
 
 def test_in_a_list_that_loops_what_is_done_is_the_line_of_the_number(words):
     again = 0
     for seed in range(40):
-        document = loops(random.Random(seed), words, 6000)
-        spell = lambda ids: "".join(f"<{i}>" for i in ids)
-        text, *turns = spell(document.ids).split(spell([words.role["user"]]))
-        lines = {}
-        for turn in turns:
-            said, done = turn.split(spell([words.end, words.role["assistant"]]))
-            number = next(n for n in range(99, 0, -1) if said.endswith(spell(words.number(n))))
-            (line,) = [part for mark in words.counters for part in text.split(spell([*words.number(number), *mark]))[1:2]]
-            done = done.removesuffix(spell([words.end]))
-            assert line.startswith(done), (seed, number)
-            again += done in lines.values()
-            lines[number] = done
+        turns = list(numbered_turns(words, loops(random.Random(seed), words, 6000)))
+        assert all(line.startswith(done) for _, line, done in turns), seed
+        again += len(turns) - len({done for *_, done in turns})
     assert again > 400
 
 
