@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'check_experience', 'is_hard', 'thinned', 'Recalled', 'ret
            'Budget', 'recorded_episodes', 'equal_budget', 'index_manifest', 'Leak', 'true_fold', 'leaks', 'audit',
            'unknown_artefacts']
 
-# %% ../nbs/07_combined.ipynb #4f9b1e66
+# %% ../nbs/07_combined.ipynb #0bbf8482
 import hashlib
 import json
 from collections import Counter
@@ -18,6 +18,7 @@ from itertools import accumulate, zip_longest
 import numpy as np
 
 from .environment import ALFWORLD, FOLD_SIZES, FOLDS, WORLD, Panel, hard_types, listed_tasks
+from .retelling import retell
 from .samples import LeakError, Sample, opening
 from .select import Selection, same_task
 from .sft import Manifest, RunReport
@@ -80,21 +81,24 @@ class Recalled:
         "How many episodes got how many experiences."
         return dict(sorted(Counter(len(s.experiences) for s in self.selections.values()).items()))
 
-# %% ../nbs/07_combined.ipynb #e725e45f
+# %% ../nbs/07_combined.ipynb #02993a2d
 def retrieve_for_training(trajectories: Iterable[Trajectory],  # to be trained on
                           memory,  # the one that will serve at the test, or its like
                           drop_memory: float = 0.0,  # probability of training an episode without experience
                           ks: Sequence[int] | None = None,  # numbers of experiences to draw from; None takes what the memory gives
-                          seed: int = 0) -> Recalled:
+                          seed: int = 0,
+                          retold: bool = False  # tell each with what the lesson has seen in the end, as a situated memory does
+                         ) -> Recalled:
     "Experience for every training episode; LeakError if any of it must not enter a weight."
     if not 0 <= drop_memory <= 1: raise ValueError(f"drop_memory is {drop_memory}, a probability lies between 0 and 1")
     if ks is not None and (not ks or min(ks) < 0): raise ValueError(f"ks is {ks!r}, must hold at least one number, none below 0")
     selections = {}
     for trajectory in trajectories:
         start = opening(trajectory)
-        selections[start.id] = thinned(memory.recall(start), start, drop_memory, ks, seed)
+        found = thinned(memory.recall(start), start, drop_memory, ks, seed)
+        selections[start.id] = replace(found, experiences=tuple(retell(e, trajectory) for e in found.experiences)) if retold else found
         check_experience(trajectory, selections[start.id].experiences)
-    return Recalled(selections, dict(memory=memory.describe(), drop_memory=drop_memory, ks=list(ks) if ks else None, seed=seed))
+    return Recalled(selections, dict(memory=memory.describe(), drop_memory=drop_memory, ks=list(ks) if ks else None, seed=seed, **({"retold": True} if retold else {})))
 
 # %% ../nbs/07_combined.ipynb #2c8148d1
 def fits(trajectory: Trajectory,  # to be trained on

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIVE', 'CONTROLS', 'DEMO_TYPES', 'PLANS', 'Plan', 'demo_tasks', 'demo_panel', 'gather', 'allowed',
-           'memory_of_lessons', 'fit', 'Pool', 'Lent', 'compare_conditions', 'demo', 'write_report']
+           'memory_of_lessons', 'fit', 'Pool', 'Lent', 'condition_of', 'compare_conditions', 'demo', 'write_report']
 
 # %% ../nbs/10_demo.ipynb #d2fe3dad
 import json
@@ -32,12 +32,12 @@ from .sft import Manifest, model_path, train
 from .store import Store
 from .trajectory import Task
 
-# %% ../nbs/10_demo.ipynb #6529ca3f
+# %% ../nbs/10_demo.ipynb #947a7974
 FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA")
-CONTROLS = ("replay", "random experience", "oracle experience")
+CONTROLS = ("replay", "situated replay", "random experience", "oracle experience")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # an expert of the Mendelian types takes half a minute an episode
 
-# %% ../nbs/10_demo.ipynb #0a20c357
+# %% ../nbs/10_demo.ipynb #4b90099a
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -53,8 +53,9 @@ class Plan:
     tidy: str = "teleport"  # how an expert gets about; experience that begins with a teleport does not depend on the room one starts in
     constrain: str | None = None  # 'templates': actions are written within the action templates, in every condition alike
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
+    situated: bool = True  # go along with the agent: retell with what it has seen, give up what the world refuses; in every condition with a memory but 'replay'
     pair: str = "procedure"  # a lesson's experience is the nearest by what its expert did, or by its 'goal', as at test
-    fitting: float = 0.5  # share of a lesson's actions, at least, that are its experience's line of the same number; other lessons neither adapter gets
+    fitting: float = 0.8  # share of a lesson's actions, at least, that are its experience's line of the same number; other lessons neither adapter gets
     drop_memory: float = 0.0  # share of training contexts left without experience
     longest: int = 32  # steps of an episode that is learnt from: longer ones cost most of the time
     steps: int = 90  # optimiser steps of each adapter
@@ -112,16 +113,17 @@ def memory_of_lessons(plan: Plan, retriever: Retriever, demonstrations):  # -> M
     paired = condition("oracle experience" if plan.pair == "procedure" else "ExpRAG-LoRA", k=plan.k)
     return memory_for(paired, retriever, {t.task: t.actions for t in demonstrations}, view=plan.view, adapted=plan.adapted)
 
-# %% ../nbs/10_demo.ipynb #58e33ce0
+# %% ../nbs/10_demo.ipynb #5c18f010
 def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
         encoder,  # a `PromptEncoder`
         progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
     "Train (or find trained) the plain and the combined adapter."
     demonstrations = [t for t in map(store.get, store.find(types=plan.easy_types, folds=["train"])) if len(t) <= plan.longest]
     memory = memory_of_lessons(plan, retriever, demonstrations)
-    lessons = [t for t in demonstrations if fits(t, memory.recall(opening(t)).experiences) >= plan.fitting]
+    found = retrieve_for_training(demonstrations, memory, retold=plan.situated)
+    lessons = [t for t in demonstrations if fits(t, found.recall(t).experiences) >= plan.fitting]
     if not lessons: raise ValueError(f"none of {len(demonstrations)} lessons is, in {plan.fitting:.0%} of its actions, what its experience does at that number: lower `fitting`")
-    recalled = retrieve_for_training(lessons, memory, plan.drop_memory, seed=plan.seed)
+    recalled = retrieve_for_training(lessons, memory, plan.drop_memory, seed=plan.seed, retold=plan.situated)
     plain, combined = make_samples(lessons, encoder), make_samples(lessons, encoder, recalled)
     check_aligned(plain, combined)
     recipe = allowed(recipe, len(plain))
@@ -156,7 +158,14 @@ class Lent:
         if self._env is not None: self._pool.idle.append(self._env)
         self._env = None
 
-# %% ../nbs/10_demo.ipynb #85411eca
+# %% ../nbs/10_demo.ipynb #686f3473
+def condition_of(plan: Plan, name: str):  # -> Condition
+    "A named condition as the plan has it; the plain replay stays as it is, to compare with."
+    chosen = condition(name, k=plan.k, seed=plan.seed)
+    goes_along = plan.situated and chosen.memory != "none" and name != "replay"
+    return replace(chosen, situated=True, when="every 1") if goes_along else chosen
+
+# %% ../nbs/10_demo.ipynb #fc14a794
 def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: Path, model: str, progress: bool = True):  # -> Results
     "Evaluate every condition of the plan on its panel; what is on disk is not played again."
     base = Manifest.read(model_path(model)) if Path(model_path(model), "manifest.json").exists() else Manifest("pretraining", model, known=False)
@@ -166,7 +175,7 @@ def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: 
         if "oracle experience" in plan.conditions:
             with ScienceWorldEnv(tasks.settings["simplification"]) as env: paths = oracle_paths(env, tasks.tasks)  # its own: some experts want a new simulator
         for name in plan.conditions:
-            chosen = condition(name, k=plan.k, seed=plan.seed)
+            chosen = condition_of(plan, name)
             policy = ReplayPolicy() if chosen.policy == "replay" else HFPolicy.from_pretrained(
                 model, adapters[chosen.adapter], format=plan.format, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens,
                 constrain=plan.constrain)

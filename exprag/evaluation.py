@@ -11,7 +11,7 @@ __all__ = ['ADAPTERS', 'MEMORIES', 'CONDITIONS', 'GIVES_UP', 'MOVES', 'THREE', '
            'procedure_accuracy', 'CONDITION_ORDER', 'PRIMARY', 'SECONDARY', 'Episode', 'Question', 'Results', 'Run',
            'Table', 'contrast_table', 'load_results', 'plot_results', 'plot_types', 'results_table', 'types_table']
 
-# %% ../nbs/08c_evaluation.ipynb #078db5e8
+# %% ../nbs/08c_evaluation.ipynb #9c2b8128
 import hashlib
 import re
 import sys
@@ -36,6 +36,7 @@ from .results import (CONDITION_ORDER, PRIMARY, SECONDARY, Episode, EpisodeFile,
 from .select import Memory, NoMemory, adapt, composition, exclude_same_task, same_task, successes_only, top_k
 from .samples import LeakError, Sample, collate, micro_batches
 from .sft import Manifest
+from .retelling import situated
 from .situations import rule
 from .store import UnknownTrajectory
 from .trajectory import Task, Trajectory, thaw
@@ -49,7 +50,7 @@ _all_ = ["CONDITION_ORDER", "PRIMARY", "SECONDARY", "Episode", "Question", "Resu
 ADAPTERS = ("none", "lora", "exprag-lora")
 MEMORIES = ("none", "retrieved", "random", "oracle")
 
-# %% ../nbs/08c_evaluation.ipynb #3894a1f5
+# %% ../nbs/08c_evaluation.ipynb #440749c2
 @dataclass(frozen=True)
 class Condition:
     "Who acts and what it may remember."
@@ -61,18 +62,22 @@ class Condition:
     k: int = 2  # experiences in the context
     seed: int = 0  # training seed; of the draw, for random experience
     when: str = "once"  # when the memory is asked: 'once' an episode (static), or a rule's name, such as 'every 5'
+    situated: bool = False  # whether the memory goes along: `exprag.retelling.situated`; to be asked 'every 1'
 
     def __post_init__(self):
         known(self.adapter, ADAPTERS, "adapter"), known(self.memory, MEMORIES, "memory"), known(self.policy, ("model", "replay"), "policy")
         if self.k < 1: raise ValueError(f"condition {self.name!r}: k is {self.k}, must be at least 1; for no experience use memory='none'")
         if not self.when.startswith("drifted "): rule(self.when)  # an unknown one is an error here
+        if self.situated and (self.memory == "none" or self.when == "once"):
+            raise ValueError(f"condition {self.name!r} is situated and asks its memory ({self.memory}) {self.when!r}: only a memory that is asked again goes along, when='every 1'")
         if self.memory == "none" and self.when != "once": raise ValueError(f"condition {self.name!r} remembers nothing and asks {self.when!r}; there is nobody to ask")
 
-# %% ../nbs/08c_evaluation.ipynb #d2334bb6
+# %% ../nbs/08c_evaluation.ipynb #099c114a
 CONDITIONS = {c.name: c for c in (
     Condition("zero-shot"), Condition("ExpRAG (frozen)", memory="retrieved"),
     Condition("LoRA", "lora"), Condition("LoRA, retrieval at test only", "lora", "retrieved"), Condition("ExpRAG-LoRA", "exprag-lora", "retrieved"),
-    Condition("replay", memory="retrieved", policy="replay", k=1), Condition("random experience", "exprag-lora", "random"),
+    Condition("replay", memory="retrieved", policy="replay", k=1),
+    Condition("situated replay", memory="retrieved", policy="replay", k=1, when="every 1", situated=True), Condition("random experience", "exprag-lora", "random"),
     Condition("oracle experience", "exprag-lora", "oracle"))}
 
 # %% ../nbs/08c_evaluation.ipynb #cefc6f01
@@ -82,7 +87,7 @@ def condition(name: str, /,  # a key of `CONDITIONS`
     "A named condition, perhaps with changes."
     return replace(CONDITIONS[known(name, tuple(CONDITIONS), "condition")], **changes)
 
-# %% ../nbs/08c_evaluation.ipynb #6e50426a
+# %% ../nbs/08c_evaluation.ipynb #54255d92
 GIVES_UP = "done"  # the stop by which a policy tells `rollout` that it writes nothing more
 
 class ReplayPolicy:
@@ -104,8 +109,8 @@ class ReplayPolicy:
 
     def _next(self, trajectory, found) -> Action:
         plan = self._plan(trajectory, found[0]) if found else ()
-        if len(trajectory) >= len(plan): return Action("", 0, 0, 0, GIVES_UP)
-        return Action(plan[len(trajectory)], 0, 0, 0, "end")
+        line = len(trajectory) - (found[0].provenance.get("shift", 0) if found else 0)  # a situated memory points at it
+        return Action(plan[line], 0, 0, 0, "end") if line < len(plan) else Action("", 0, 0, 0, GIVES_UP)
 
     def _plan(self, trajectory, experience) -> tuple[str, ...]:
         key = trajectory.goal, trajectory.first_observation, experience.id
@@ -172,7 +177,7 @@ def oracle_paths(env: ScienceWorldEnv, tasks: Iterable[Task]) -> dict[Task, tupl
     "The simulator's own expert path for each task, to rank with."
     return {task: gold_path(env, task) for task in tasks}
 
-# %% ../nbs/08c_evaluation.ipynb #2b232f89
+# %% ../nbs/08c_evaluation.ipynb #9f0b87d4
 def memory_for(condition: Condition,
                retriever=None,  # a `Retriever`; its store serves the controls too
                paths: Mapping[Task, Sequence[str]] | None = None,  # `oracle_paths`, for oracle experience
@@ -188,6 +193,7 @@ def memory_for(condition: Condition,
         if not paths: raise ValueError(f"condition {condition.name!r} ranks by the expert's path: give paths=oracle_paths(env, panel.tasks)")
         retriever = OracleRetriever(retriever.store, paths)
     stages = (exclude_same_task(), successes_only(), top_k(condition.k), *extra_stages)
+    if condition.situated: stages = situated(stages)
     memory = Memory(retriever, stages=stages, composition=condition.composition, view=view, adapted=adapted)
     return memory if condition.when == "once" else Dynamic(memory, rule(condition.when, retriever))
 
@@ -282,7 +288,7 @@ def check_words(panel: Panel, policy, memory) -> None:
         raise ValueError(f"the prompt lists {wrong[0]!r}, and panel {panel.name!r} speaks {grammar!r}: leave out PromptFormat(templates=...), and it lists the panel's own")
     for id in memory_manifest(memory, panel).contents if not isinstance(memory, NoMemory) else (): grammar_of(memory.retriever.store.get(id))
 
-# %% ../nbs/08c_evaluation.ipynb #40b71ac8
+# %% ../nbs/08c_evaluation.ipynb #fc090e06
 def run_config(condition: Condition, panel: Panel, policy, memory,
                batch_size: int  # episodes at once
               ) -> dict:  # JSON-ready
@@ -290,7 +296,7 @@ def run_config(condition: Condition, panel: Panel, policy, memory,
     neural = hasattr(policy, "model")
     packages = (panel.tasks[0].world, *(("torch", "transformers") if neural else ()))  # a world's package has its name
     threads = sys.modules["torch"].get_num_threads() if neural and "torch" in sys.modules else None
-    said = {name: value for name, value in asdict(condition).items() if (name, value) != ("when", "once")}  # static runs keep the directory they had
+    said = {name: value for name, value in asdict(condition).items() if (name, value) not in (("when", "once"), ("situated", False))}  # static runs keep the directory they had
     return {"name": condition.name, "seed": condition.seed, "condition": said, "policy": thaw(policy.describe()), "memory": thaw(memory.describe()),
             "panel": {"name": panel.name, "fingerprint": panel.fingerprint, "tasks": [str(t) for t in panel], "caps": thaw(panel.caps), "settings": thaw(panel.settings)},
             "runtime": {"batch_size": batch_size, "threads": threads, "versions": {p: installed(p) for p in packages}}}

@@ -22,11 +22,12 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/09b_small_model.ipynb #313a7365
+# %% ../nbs/09b_small_model.ipynb #543b9887
 from .environment import EASY_TYPES, scienceworld_tasks
 from .collecting import collect
 from .lookup import Document, Words, counting, curriculum, looping, numbering, places, pointing, reach, steady
 from .play import play_texts, random_play, train_tokenizer
+from .samples import has_bfloat16
 from .sft import Manifest, write_json
 from .trajectory import read_jsonl, write_jsonl
 
@@ -141,7 +142,7 @@ def grow(model,  # a Qwen2ForCausalLM
 # %% ../nbs/09b_small_model.ipynb #888cf8c9
 WEIGHT = {"play": 0.25, "families": 8.0, "long families": 8.0}  # of a kind of document in the loss; 1 where not named
 
-# %% ../nbs/09b_small_model.ipynb #cfbf3817
+# %% ../nbs/09b_small_model.ipynb #3afabc2a
 @dataclass(frozen=True)
 class Pretraining:
     "The recipe of a pre-training run."
@@ -161,7 +162,7 @@ class Pretraining:
     play_episodes: int = 12  # random episodes per easy task type
     vocabulary: int = 2048
     seed: int = 0
-    autocast: bool = True  # bfloat16 where PyTorch's autocast uses it
+    autocast: bool = True  # bfloat16 where PyTorch's autocast uses it and the device has it (`has_bfloat16`)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -188,14 +189,14 @@ def batch_of(documents: Sequence[Document], pad: int):
         labels[row, :len(document.ids)] = torch.where(torch.tensor(document.mask) == 1, torch.tensor(document.ids), -100)
     return ids, labels
 
-# %% ../nbs/09b_small_model.ipynb #dffa61bc
+# %% ../nbs/09b_small_model.ipynb #db581543
 def predict(model, documents: Sequence[Document],
             autocast: bool = True):  # -> (loss of each supervised token, whether it was right, row of its document)
     "Run the model over documents, computing scores for the supervised tokens only."
     import torch
     ids, labels = batch_of(documents, model.config.pad_token_id)
     ids, labels = ids.to(model.device), labels.to(model.device)[:, 1:]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast and has_bfloat16(model.device.type)):
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
         scores = model.lm_head(hidden[labels != -100]).float()
     wanted = labels[labels != -100]

@@ -223,8 +223,8 @@ def load_results(folder: str | os.PathLike,  # the directory given to `evaluate`
     place = lambda r: (wanted.index(r.name) if r.name in wanted else len(wanted), r.name, r.seed)
     return Results(tuple(r for r in sorted(runs, key=place) if panel in (None, r.panel) and (names is None or r.name in wanted)))
 
-# %% ../nbs/08b_results.ipynb #a38aef85
-CONDITION_ORDER = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA", "replay", "random experience", "oracle experience")
+# %% ../nbs/08b_results.ipynb #770c9073
+CONDITION_ORDER = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", "ExpRAG-LoRA", "replay", "situated replay", "random experience", "oracle experience")
 
 # %% ../nbs/08b_results.ipynb #54520b31
 @dataclass(frozen=True)
@@ -304,11 +304,11 @@ class Question:
 
     def __str__(self): return f"{self.a} minus {self.b}, {self.on}, {self.measure}"
 
-# %% ../nbs/08b_results.ipynb #6056a4c1
+# %% ../nbs/08b_results.ipynb #5eb002ff
 PRIMARY = Question("ExpRAG-LoRA", "LoRA")
 SECONDARY = (Question("ExpRAG-LoRA", "LoRA", measure="success"), Question("ExpRAG-LoRA", "LoRA", "easy"),
              Question("ExpRAG-LoRA", "LoRA, retrieval at test only"), Question("LoRA, retrieval at test only", "LoRA"),
-             Question("ExpRAG (frozen)", "zero-shot"), Question("ExpRAG-LoRA", "replay"),
+             Question("ExpRAG (frozen)", "zero-shot"), Question("ExpRAG-LoRA", "ExpRAG (frozen)"), Question("ExpRAG-LoRA", "replay"), Question("ExpRAG-LoRA", "situated replay"),
              Question("ExpRAG-LoRA", "random experience"), Question("oracle experience", "ExpRAG-LoRA"))
 
 # %% ../nbs/08b_results.ipynb #852f1dd3

@@ -8,7 +8,7 @@ __all__ = ['MODEL_FILES', 'MANIFEST_KINDS', 'RUN_FORMAT', 'LABELS', 'match_targe
            'RunReport', 'read_losses', 'last_checkpoint', 'step_line', 'bookkeeper', 'training_arguments',
            'torch_threads', 'train', 'make_trainer', 'finish_run']
 
-# %% ../nbs/06b_sft.ipynb #b0cec159
+# %% ../nbs/06b_sft.ipynb #067e1b13
 import hashlib
 import json
 import math
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from .agent import base_model
-from .samples import Recipe, Sample, check_samples, collate, micro_batches, plan, planned_tokens, supervised_loss, token_losses
+from .samples import Recipe, Sample, check_samples, collate, has_bfloat16, micro_batches, plan, planned_tokens, supervised_loss, token_losses
 from .trajectory import Task, canonical_json
 
 # %% ../nbs/06b_sft.ipynb #e9173ccc
@@ -158,12 +158,12 @@ def run_name(model_name: str, samples: Sequence[Sample], recipe: Recipe, dev_sam
                 "samples": [s.describe() for s in samples], "dev": [s.describe() for s in dev_samples]}
     return f"{recipe.name}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
 
-# %% ../nbs/06b_sft.ipynb #62247e58
+# %% ../nbs/06b_sft.ipynb #7da0f865
 def write_inputs(path: Path,  # the run directory
                  model_name: str, samples: Sequence[Sample], recipe: Recipe, dev_samples: Sequence[Sample]) -> None:
     "Records what a run is made from, before it starts."
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path/"recipe.json", {"recipe": asdict(recipe), "model": str(model_name), "model_fingerprint": model_fingerprint(model_name), "versions": versions()})
+    write_json(path/"recipe.json", {"recipe": asdict(recipe), "model": str(model_name), "model_fingerprint": model_fingerprint(model_name), "bfloat16": has_bfloat16(), "versions": versions()})
     training_manifest(path.name, [*samples, *dev_samples], model_name).write(path)
     lines = [{"index": i, "use": use, **s.describe()} for use, group in (("train", samples), ("dev", dev_samples)) for i, s in enumerate(group)]
     (path/"data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -276,7 +276,7 @@ def bookkeeper(path: Path,  # the run directory
             with open(path/"losses.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
     return Bookkeeper()
 
-# %% ../nbs/06b_sft.ipynb #337a20a6
+# %% ../nbs/06b_sft.ipynb #a033237b
 def training_arguments(recipe: Recipe,
                        steps: int,  # optimiser steps
                        path: Path):  # the run directory
@@ -291,7 +291,7 @@ def training_arguments(recipe: Recipe,
     args = TrainingArguments(
         output_dir=str(path/"checkpoints"), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=accumulate // world,
         learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule, warmup_steps=recipe.warmup, weight_decay=recipe.weight_decay,
-        optim=recipe.optimizer, max_grad_norm=recipe.max_grad_norm, bf16=recipe.autocast, use_cpu=not gpu, seed=recipe.seed,
+        optim=recipe.optimizer, max_grad_norm=recipe.max_grad_norm, bf16=recipe.autocast and has_bfloat16("cuda" if gpu else "cpu"), use_cpu=not gpu, seed=recipe.seed,
         train_sampling_strategy="sequential", remove_unused_columns=False, dataloader_pin_memory=gpu, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps", save_steps=recipe.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False)
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, never through torch.nn.DataParallel

@@ -27,11 +27,12 @@ def step_line(head: str,  # what was done, or 'Start'
     "One line of a view: what was done, and a cue of what was seen after it."
     return head + (f" | {short}" if (short := cue(observation, words)) else "")
 
-# %% ../nbs/02b_views.ipynb #0140e342
+# %% ../nbs/02b_views.ipynb #9fca09f9
 def numbered(trajectory: Trajectory) -> str:
-    "As `actions`, with the number of the step before each action."
-    return "\n".join([f"Goal: {trajectory.goal.strip()}", step_line("Start", trajectory.first_observation),
-                      *(step_line(f"{n}: {step.action}", step.observation) for n, step in enumerate(trajectory.steps, 1))])
+    "As `actions`, with the number of the step before each action; an experience that somebody follows (`exprag.retelling`) says from which step on, and with which number."
+    begin, shift = (trajectory.provenance.get(name, 0) for name in ("shown_from", "shift"))
+    return "\n".join([f"Goal: {trajectory.goal.strip()}", "..." if begin else step_line("Start", trajectory.first_observation),
+                      *(step_line(f"{n + shift}: {step.action}", step.observation) for n, step in enumerate(trajectory.steps, 1) if n > begin)])
 
 # %% ../nbs/02b_views.ipynb #d6934c60
 def excerpt(trajectory: Trajectory,

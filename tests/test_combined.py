@@ -9,10 +9,10 @@ from exprag.environment import EASY_TYPES, HARD_TYPES, panel
 from exprag.prompt import PromptEncoder
 from exprag.query import Retriever, SentenceEncoder
 from exprag.samples import RECIPES, LeakError, make_samples, opening
-from exprag.select import Memory, NoMemory, exclude_same_task, order, successes_only, top_k
+from exprag.select import Memory, NoMemory, Selection, exclude_same_task, order, successes_only, top_k
 from exprag.sft import Manifest, train
 from exprag.store import Store
-from exprag.trajectory import Task
+from exprag.trajectory import Step, Task
 from sft_fixtures import episodes, tiny_model
 
 HARD = "power-component"
@@ -64,6 +64,17 @@ def test_a_lesson_fits_by_the_lines_of_its_own_numbers():
     assert fits(a, [a]) == fits(a, [a, late]) == 1 and fits(a, []) == 0
     assert fits(a, [other]) == 1 / len(a) and fits(a, [late]) == sum(x == y for x, y in zip(a.actions, late.actions)) / len(a) < 1
     assert fits(replace(a, steps=(), score=None, success=None), [a]) == 0
+
+
+def test_a_lesson_is_shown_what_it_will_have_seen(retriever):
+    first, second = (replace(t, steps=(Step("look around", f"This room is called the hall. In it, you see: a {colour} wire."), *t.steps, Step(f"pick up {colour} wire", "done")))
+                     for t, colour in zip(episodes(2), ("red", "blue")))
+    class Told:
+        def recall(self, trajectory): return Selection((second,))
+        def describe(self): return {"kind": "told"}
+    plain, retold = (retrieve_for_training([first], Told(), retold=retold) for retold in (False, True))
+    assert [r.recall(first).experiences[0].actions[-1] for r in (plain, retold)] == ["pick up blue wire", "pick up red wire"]
+    assert retold.describe()["retold"] and "retold" not in plain.describe() and plain.fingerprint != retold.fingerprint
 
 
 def test_only_the_opening_is_looked_at(retriever):

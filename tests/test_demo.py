@@ -13,8 +13,8 @@ import torch
 
 from chat_models import make_model, make_tokenizer
 from exprag.agent import HFPolicy
-from exprag.combined import fits
-from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, demo, demo_panel, demo_tasks, fit, memory_of_lessons
+from exprag.combined import fits, retrieve_for_training
+from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, condition_of, demo, demo_panel, demo_tasks, fit, memory_of_lessons
 from exprag.environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, side
 from exprag.procedure import procedure, procedure_distances
 from exprag.query import Retriever, SentenceEncoder
@@ -116,8 +116,8 @@ def test_lessons_that_no_experience_fits_are_left_out(finished, monkeypatch):
         retriever, encoder = Retriever(store, SentenceEncoder()), HFPolicy.from_pretrained("nano", batch_size=1).encoder
         retriever.load(finished[0] / "experience.index")
         lessons = {t.task: t for t in map(store.get, store.find(types=PLANS["quick"].easy_types)) if len(t) <= 32}
-        memory = memory_of_lessons(PLANS["quick"], retriever, lessons.values())
-        share = {task: fits(t, memory.recall(opening(t)).experiences) for task, t in lessons.items()}
+        found = retrieve_for_training(lessons.values(), memory_of_lessons(PLANS["quick"], retriever, lessons.values()), retold=PLANS["quick"].situated)
+        share = {task: fits(t, found.recall(t).experiences) for task, t in lessons.items()}
         edge = sorted(share.values())[len(share) // 2]
         for least in (0.0, edge):
             with pytest.raises(InterruptedError): fit(replace(PLANS["quick"], fitting=least), store, retriever, finished[0], "nano", RECIPES["nano"], encoder)
@@ -139,6 +139,13 @@ def test_the_plan_keeps_hard_types_for_retrieval_and_out_of_training():
     assert {t.fold for t in tasks} == {"train"} and {t.type for t in tasks} == set(EASY_TYPES) | set(DEMO_TYPES)
     panel = demo_panel(plan)
     assert len(panel.tasks) == 11 and {t.fold for t in panel.tasks} == {"test"} and {side(t.type) for t in panel.tasks} == {"hard"}
+
+
+def test_every_memory_of_a_situated_plan_goes_along_but_the_plain_replays():
+    made = {name: condition_of(replace(Plan(), situated=True), name) for name in (*FIVE, *CONTROLS)}
+    assert {name for name, c in made.items() if c.situated} == {"ExpRAG (frozen)", "LoRA, retrieval at test only", "ExpRAG-LoRA", "situated replay", "random experience", "oracle experience"}
+    assert all((c.when == "every 1") == c.situated and c.k == 1 for c in made.values())
+    assert [name for name in (*FIVE, *CONTROLS) if condition_of(replace(Plan(), situated=False), name).situated] == ["situated replay"]
 
 
 def test_the_larger_panel_has_up_to_five_test_episodes_of_each_type():

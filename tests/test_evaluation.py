@@ -24,6 +24,7 @@ from exprag.insights import WORKFLOW, Insights, insight_leaks, register
 from exprag.prompt import PromptFormat
 from exprag.query import Retriever
 from exprag.results import read_episodes
+from exprag.retelling import pointed_at, progress
 from exprag.select import NoMemory, same_task
 from exprag.sft import Manifest
 from exprag.situations import Every, Moved
@@ -59,7 +60,7 @@ def quick_panel(count=3):
 
 # ---- conditions ----
 
-def test_the_five_conditions_and_three_controls():
+def test_the_five_conditions_and_four_controls():
     assert tuple(CONDITIONS) == CONDITION_ORDER and all(name == c.name for name, c in CONDITIONS.items())
     assert {c.memory for c in CONDITIONS.values()} == {"none", "retrieved", "random", "oracle"}
     a, b = condition("ExpRAG-LoRA"), condition("random experience")
@@ -74,6 +75,8 @@ def test_the_five_conditions_and_three_controls():
     (lambda: Condition("x", k=0), "k is 0"),
     (lambda: Condition("x", memory="retrieved", when="often"), "no rule is called 'often'"),
     (lambda: Condition("x", when="every 5"), "nobody to ask"),
+    (lambda: Condition("x", memory="retrieved", situated=True), "is situated and asks its memory \\(retrieved\\) once.*when='every 1'"),
+    (lambda: Condition("x", when="every 1", situated=True), "asks its memory \\(none\\)"),
     (lambda: panel("hard"), "unknown panel 'hard'"),
 ])
 def test_unknown_names_are_refused_with_the_valid_ones(make, message):
@@ -144,7 +147,7 @@ def test_the_oracle_ranks_by_procedure(retriever):
     assert oracle.describe() != OracleRetriever(retriever.store, {task: mine.actions[1:]}).describe()
 
 
-@pytest.mark.parametrize("name", ["ExpRAG-LoRA", "random experience", "oracle experience", "replay"])
+@pytest.mark.parametrize("name", ["ExpRAG-LoRA", "random experience", "oracle experience", "replay", "situated replay"])
 def test_every_memory_obeys_the_same_rules(retriever, name):
     "Same task excluded, successes only, matched side, at most k."
     mine = next(t for t in sample() if t.task.type in HARD_TYPES)
@@ -177,6 +180,23 @@ def test_replay_puts_in_the_nouns_and_then_gives_up():
     assert actions == ["go to bathroom", "focus on red lemon"] and action.stop == "done"
     assert ReplayPolicy(substitute=False).act([replace(new, steps=())], [(old,)])[0].text == "go to kitchen"
     assert [a.text for a in policy.act([new, new], [(), (old,)])] == ["", ""]
+
+
+def test_replay_says_the_line_that_a_situated_memory_points_at():
+    lines = ("go to kitchen", "open oven", "wait")
+    old = Trajectory(Task("scienceworld", "melt", "1", "train"), "Melt it.", "o", tuple(Step(a, "x") for a in lines), score=100, success=True)
+    new = Trajectory(Task("scienceworld", "melt", "2", "test"), "Melt it.", "o", (Step("go to kitchen", "x"), Step("eat", "No known action matches that input.")))
+    assert ReplayPolicy().act([new], [(old,)])[0].text == "wait" and ReplayPolicy().act([new], [(pointed_at(old, new, progress(lines, new.actions, (True, False))),)])[0].text == "open oven"
+
+
+def test_a_situated_replay_goes_along_with_the_world(retriever, tmp_path):
+    "Real ScienceWorld: what is refused is given up, and what is shown follows what is seen."
+    where = quick_panel()
+    runs = {name: evaluate(condition(name), where, tmp_path, ReplayPolicy(), memory_for(condition(name), retriever, adapted=True), progress=False) for name in ("replay", "situated replay")}
+    assert runs["situated replay"].config["condition"]["situated"] and "situated" not in runs["replay"].config["condition"]
+    asks = [t.provenance["asks"] for t in read_episodes(runs["situated replay"].folder / "episodes.jsonl")]
+    assert all(a["asked"] > 1 for a in asks) and any(len({id for _, ids in a["shown"] for id in ids}) > 1 for a in asks)
+    assert sum(e.score for e in runs["situated replay"].episodes) > sum(e.score for e in runs["replay"].episodes)
 
 
 # ---- the audit ----

@@ -1,12 +1,14 @@
 """Where it goes wrong: causes, sources, curves; cases on disk."""
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.failures import CAUSES, REFUSALS, SLIPS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, resumed, slips, slips_table, sources, sources_table, write_cases
+from exprag.failures import CAUSES, REFUSALS, SLIPS, SOURCES, Case, cases, cause, causes_table, followed, following, read_cases, refused, resumed, shown_along, slips, slips_table, sources, sources_table, write_cases
 from exprag.results import EpisodeFile, Results, Run
+from exprag.select import Selection
 from exprag.trajectory import Step, Task, Trajectory
 
 WORDS = st.lists(st.sampled_from(["open door", "open box", "go to hall", "look around", "wait"]), max_size=6)
@@ -44,6 +46,18 @@ def test_an_action_is_traced_to_the_lines():
     assert sources(c) == (SOURCES[0], SOURCES[1], SOURCES[2], SOURCES[3], SOURCES[3])
     both = Case("ExpRAG", told(["wait"]), (told(["look around"]), told(["wait"])))
     assert sources(both) == (SOURCES[0],)
+
+
+def test_what_went_along_is_told_line_by_line():
+    "A memory that is asked again: the case's lines are those that stood for each action, until there were none."
+    one, other = told(["go to hall", "open door"], score=100.0), told(["open box", "wait"], score=100.0, variation="3")
+    class Memory:
+        def recall(self, now):
+            if len(now) > 2: return Selection()
+            return Selection((replace(other, provenance={"shift": 1}) if len(now) else one,))
+    shown, = shown_along(told(["go to hall", "open box", "fly", "fly"]), Memory())
+    assert shown.actions == ("go to hall", "open box", "wait") and shown.task == one.task
+    assert shown_along(told(["fly"]), type("Nothing", (), {"recall": lambda self, now: Selection()})()) == ()
 
 
 @given(WORDS, WORDS)

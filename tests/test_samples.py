@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.samples import (IGNORED, RECIPES, Recipe, Sample, check_samples, collate, make_samples, micro_batches, plan, planned_tokens,
+from exprag.samples import (IGNORED, RECIPES, Recipe, Sample, check_samples, collate, has_bfloat16, make_samples, micro_batches, plan, planned_tokens,
                             predicting, supervised_loss, token_losses)
 from exprag.trajectory import Task
 from sft_fixtures import episodes, tiny_model, toy_samples
@@ -32,6 +32,13 @@ def test_paper_recipe_has_the_papers_values():
     assert paper.targets == ("q_proj", "k_proj", "v_proj", "o_proj") and paper.optimizer == "paged_adamw_8bit"
     assert (paper.epochs, RECIPES["paper-alfworld"].epochs) == (29, 9) and paper.weights == "bfloat16"
     with pytest.raises(FrozenInstanceError): paper.lr = 1
+
+
+def test_a_processor_says_whether_it_has_bfloat16(monkeypatch):
+    import torch
+    for there in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+        assert has_bfloat16() is there and has_bfloat16("cpu") is there
 
 
 @pytest.mark.parametrize("change, word", [

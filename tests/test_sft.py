@@ -149,6 +149,12 @@ def test_bfloat16_and_checkpointing_run_here_too(model_dir, tmp_path):
     assert [l["loss"] for l in report.losses] == pytest.approx([l["loss"] for l in exact.losses], rel=0.02)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_products_are_in_bfloat16_where_the_device_has_them(tmp_path, monkeypatch, there):
+    monkeypatch.setattr("exprag.sft.has_bfloat16", lambda device: there)
+    assert training_arguments(replace(RECIPES["nano"]), 3, tmp_path).bf16 is there and not training_arguments(RECIPE, 3, tmp_path).bf16
+
+
 def test_the_8_bit_optimiser_needs_its_library(tmp_path):
     if __import__("importlib.util").util.find_spec("bitsandbytes"): pytest.skip("it is installed")
     with pytest.raises(ValueError, match="needs bitsandbytes.*adamw_torch"): training_arguments(RECIPES["paper"], 3, tmp_path)
