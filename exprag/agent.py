@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICE', 'RETRY_WAITS', 'LONGEST_WAIT', 'TOO_LONG', 'MALFORMED', 'load_tokenizer', 'base_model', 'adapter_folder',
-           'load_model', 'weights_digest', 'Action', 'Seats', 'numbered', 'LoadedModel', 'choices', 'HFPolicy',
-           'in_words_at_hand', 'Told', 'ask', 'Dynamic', 'memory_text', 'Episode', 'attempt', 'rollout', 'ask_server',
-           'read_completion', 'quoted', 'OpenAIPolicy', 'INSTRUCTIONS', 'Encoded', 'PolicyError', 'PromptEncoder',
-           'PromptError', 'PromptFormat']
+           'load_model', 'weights_digest', 'Action', 'Seats', 'numbered', 'LoadedModel', 'choices', 'just_refused',
+           'HFPolicy', 'in_words_at_hand', 'Told', 'ask', 'Dynamic', 'memory_text', 'Episode', 'attempt', 'rollout',
+           'ask_server', 'read_completion', 'quoted', 'OpenAIPolicy', 'INSTRUCTIONS', 'Encoded', 'PolicyError',
+           'PromptEncoder', 'PromptError', 'PromptFormat']
 
-# %% ../nbs/05c_agent.ipynb #fe2e812b
+# %% ../nbs/05c_agent.ipynb #59cbbba9
 import json
 import os
 import re
@@ -23,14 +23,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 
-# %% ../nbs/05c_agent.ipynb #e7c62921
+# %% ../nbs/05c_agent.ipynb #5098611c
 from .alfworld_grammar import in_words_of
 from .decoding import Draft, PolicyError, Writer, fastest_engine
 from .environment import Environment, SimulatorError
 from .expert import AMBIGUOUS
 from .prompt import INSTRUCTIONS, Encoded, PromptEncoder, PromptError, PromptFormat, digest
+from .retelling import REFUSALS, refused
 from .select import digest_of
 from .situations import Once, Refresher
 from .trajectory import Step, Task, Trajectory
@@ -137,7 +139,7 @@ def numbered(names: Sequence) -> list[tuple]:
     seen = Counter()
     return [(name, seen.update([name]) or seen[name]) for name in names]
 
-# %% ../nbs/05c_agent.ipynb #cb4fdac1
+# %% ../nbs/05c_agent.ipynb #4904bb2f
 class LoadedModel:
     "A Transformers model with its prompt, its limits, and a cache for several episodes."
 
@@ -146,6 +148,7 @@ class LoadedModel:
                  batch_size: int = 8,  # episodes at once; the answers do not depend on it
                  max_new_tokens: int = 48,  # most tokens of one action
                  constrain: str | None = None,  # 'templates': only actions that fit the action templates
+                 heeds: bool = False,  # answers a question with one of its numbers, and does not say again what was just refused
                  max_context: int | None = None,  # most tokens of a prompt and its action; None: what the model was made for
                  close_call: float | None = None,  # see `Writer`; None: 1e-4, and 0 (never) below single precision
                  cache: bool = True,  # False: forget between actions, to compare
@@ -159,7 +162,7 @@ class LoadedModel:
             raise PolicyError(f"the tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}: load both from the same place")
         self.model, self.tokenizer, self.encoder = model.eval(), tokenizer, PromptEncoder(tokenizer, format, **template_settings)
         limit = getattr(text, "max_position_embeddings", None) or max_context or 32768
-        self.max_context, self.batch_size, self.constrain, self.cache = min(max_context or limit, limit), batch_size, constrain, cache
+        self.max_context, self.batch_size, self.constrain, self.heeds, self.cache = min(max_context or limit, limit), batch_size, constrain, heeds, cache
         self.name = name or Path(str(model.config._name_or_path or tokenizer.name_or_path)).name
         self.engine, self.weights = fastest_engine(model, batch_size, 1e-4 if exact else 0.05), weights_digest(model)
         self.seats, self.writer = Seats(self.engine), Writer(self.engine, self.encoder, max_new_tokens, close_call if close_call is not None else 1e-4 * exact)
@@ -175,7 +178,7 @@ class LoadedModel:
         "What decides this policy's answers, ready for JSON."
         return {"name": self.name, "weights": self.weights, "dtype": str(self.model.dtype).removeprefix("torch."),
                 "prompt": self.encoder.fingerprint, "max_new_tokens": self.writer.max_new_tokens, "max_context": self.max_context,
-                "constrain": self.constrain, "close_call": self.writer.close_call}
+                "constrain": self.constrain, "close_call": self.writer.close_call, **({"heeds": True} if self.heeds else {})}
 
 # %% ../nbs/05c_agent.ipynb #60d6c1e3
 CHOICE = re.compile(r"^(\d+):\t", re.M)
@@ -185,7 +188,13 @@ def choices(trajectory: Trajectory) -> tuple[str, ...]:
     said = trajectory.steps[-1].observation if trajectory.steps else ""
     return tuple(CHOICE.findall(said)) if said.startswith(AMBIGUOUS) else ()
 
-# %% ../nbs/05c_agent.ipynb #4eaa0af9
+# %% ../nbs/05c_agent.ipynb #c021118a
+def just_refused(trajectory: Trajectory) -> frozenset[str]:  # empty in a world of which nobody said how it refuses
+    "The actions that the world has refused since it last took one."
+    world = trajectory.task.world
+    return frozenset(s.action.strip() for s in takewhile(lambda s: world in REFUSALS and refused(s, world), reversed(trajectory.steps)))
+
+# %% ../nbs/05c_agent.ipynb #1742054e
 class HFPolicy(LoadedModel):
     "A Transformers model that acts greedily in several episodes at once, with a cache for each; made as `LoadedModel` is."
 
@@ -218,9 +227,10 @@ class HFPolicy(LoadedModel):
     def draft(self, row: int, trajectory: Trajectory, experiences: Sequence[Trajectory]) -> Draft:
         "An action about to be written; one whose prompt does not fit is over before it begins."
         prompt = self.encoder.prompt(trajectory, experiences)
-        templates = (*self.format.action_templates(trajectory.task.world, trajectory.settings), *choices(trajectory)) if self.constrain else None
+        asked = choices(trajectory)
+        templates = asked if self.heeds and asked else (*self.format.action_templates(trajectory.task.world, trajectory.settings), *asked) if self.constrain else None
         if len(prompt) + self.writer.max_new_tokens > self.max_context: return Draft(prompt, None, 0, templates, stop="context")
-        return Draft(prompt, *self.engine.prefill(row, prompt), templates)
+        return Draft(prompt, *self.engine.prefill(row, prompt), templates, avoid=just_refused(trajectory) if self.heeds else frozenset())
 
 # %% ../nbs/05c_agent.ipynb #6abfbcba
 def in_words_at_hand(experience: Trajectory,

@@ -196,7 +196,7 @@ def fits(text: str,  # an action, perhaps unfinished
     filled = text[len(literal):]
     return not rest or any(fits(filled[i:], rest, True) for i in range(1, len(filled)))
 
-# %% ../nbs/05b_decoding.ipynb #8578acc3
+# %% ../nbs/05b_decoding.ipynb #33972b53
 @dataclass
 class Draft:
     "An action while it is being written."
@@ -207,8 +207,9 @@ class Draft:
     out: list[int] = field(default_factory=list)
     text: str = ""
     stop: str = ""
+    avoid: frozenset[str] = frozenset()  # actions that it may not be; only where there are no templates
 
-# %% ../nbs/05b_decoding.ipynb #28ed17d7
+# %% ../nbs/05b_decoding.ipynb #674f7ff0
 class Writer:
     "Writes actions token by token, greedily, in several rows of an engine."
 
@@ -248,7 +249,7 @@ class Writer:
 
     def best(self, draft: Draft, logits) -> tuple[int, float]:
         "The likeliest token that may come next, and its lead over the second."
-        if draft.templates is None and draft.text:
+        if draft.templates is None and draft.text and draft.text.strip() not in draft.avoid:
             first, second = logits.topk(2).values.tolist()
             return int((logits == first).nonzero()[0, 0]), first - second
         top, margin = None, self.close_call * float(logits.max() - logits.min())
@@ -262,8 +263,10 @@ class Writer:
         return top[1], float("inf")
 
     def may_follow(self, draft: Draft, token: int) -> bool:
-        "Whether an action may go on with `token`: it says something, and if there are templates, it ends only where one does."
-        if draft.templates is None: return token not in self.ends and bool(self.read([*draft.out, token]))
+        "Whether an action may go on with `token`: it says something that is not to be avoided, and if there are templates, it ends only where one does."
+        if draft.templates is None:
+            whole, newline, _ = (draft.text if token in self.ends else self.read([*draft.out, token])).partition("\n")
+            return bool(whole) and not ((newline or token in self.ends) and whole.strip() in draft.avoid)
         if token in self.ends: return any(fits(draft.text.rstrip(), t, True) for t in draft.templates)
         text = self.read([*draft.out, token])
         whole, newline, _ = text.partition("\n")

@@ -37,7 +37,7 @@ FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", 
 CONTROLS = ("replay", "situated replay", "random experience", "oracle experience")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # an expert of the Mendelian types takes half a minute an episode
 
-# %% ../nbs/10_demo.ipynb #4b90099a
+# %% ../nbs/10_demo.ipynb #d9b77400
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -52,6 +52,7 @@ class Plan:
     counter: str = "{n}"  # what the world counts with: the number of the action that comes next, in every condition alike
     tidy: str = "teleport"  # how an expert gets about; experience that begins with a teleport does not depend on the room one starts in
     constrain: str | None = None  # 'templates': actions are written within the action templates, in every condition alike
+    heeds: bool = True  # a question is answered with one of its numbers, and what was just refused is not said again, in every condition alike
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
     situated: bool = True  # go along with the agent: retell with what it has seen, give up what the world refuses; in every condition with a memory but 'replay'
     pair: str = "procedure"  # a lesson's experience is the nearest by what its expert did, or by its 'goal', as at test
@@ -165,7 +166,7 @@ def condition_of(plan: Plan, name: str):  # -> Condition
     goes_along = plan.situated and chosen.memory != "none" and name != "replay"
     return replace(chosen, situated=True, when="every 1") if goes_along else chosen
 
-# %% ../nbs/10_demo.ipynb #fc14a794
+# %% ../nbs/10_demo.ipynb #8433b3f8
 def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: Path, model: str, progress: bool = True):  # -> Results
     "Evaluate every condition of the plan on its panel; what is on disk is not played again."
     base = Manifest.read(model_path(model)) if Path(model_path(model), "manifest.json").exists() else Manifest("pretraining", model, known=False)
@@ -178,7 +179,7 @@ def compare_conditions(plan: Plan, retriever: Retriever, reports: dict, folder: 
             chosen = condition_of(plan, name)
             policy = ReplayPolicy() if chosen.policy == "replay" else HFPolicy.from_pretrained(
                 model, adapters[chosen.adapter], format=plan.format, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens,
-                constrain=plan.constrain)
+                constrain=plan.constrain, heeds=plan.heeds)
             memory = memory_for(chosen, retriever, paths, view=plan.view, adapted=plan.adapted)
             manifests = [base] if chosen.adapter == "none" else [reports[chosen.adapter].manifest]
             runs.append(evaluate(chosen, tasks, folder / "episodes", policy, memory, manifests, env_factory=pool.lend, progress=progress))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chat_models import CORPUS, FAMILIES, make_model, make_tokenizer
 
-from exprag.agent import Action, Dynamic, Episode, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, load_model, load_tokenizer, rollout
+from exprag.agent import Action, Dynamic, Episode, HFPolicy, OpenAIPolicy, PolicyError, PromptFormat, just_refused, load_model, load_tokenizer, rollout
 from exprag.decoding import Draft
 from exprag.environment import ScienceWorldEnv, SimulatorError, action_templates, scienceworld_tasks
 from exprag.situations import Every, Once
@@ -160,6 +160,31 @@ def test_an_action_says_something():
     logits[[end, newline, wanted]] = torch.tensor([9.0, 8.0, 7.0])
     assert writer.best(Draft([1], logits, 1, None), logits)[0] == wanted
     assert writer.best(Draft([1], logits, 1, None, [wanted], "look"), logits) == (end, 1.0)
+
+
+def test_an_action_does_not_end_as_one_to_be_avoided():
+    policy = policy_of("qwen", batch_size=1)
+    tokenizer, writer, encode = policy.encoder.tokenizer, policy.writer, lambda text: policy.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    (newline, *_), (look, *_), (more, *_) = encode("\n"), encode("look"), encode(" door")
+    logits = torch.zeros(policy.model.config.vocab_size)
+    logits[[tokenizer.eos_token_id, newline, more]] = torch.tensor([9.0, 8.0, 7.0])
+    assert writer.best(Draft([1], logits, 1, None, [look], "look", avoid=frozenset({"look"})), logits)[0] == more
+    assert writer.best(Draft([1], logits, 1, None, [look], "look", avoid=frozenset({"look door"})), logits)[0] == tokenizer.eos_token_id
+
+
+REFUSAL, CHOICES = "No known action matches that input.", "Ambiguous request: Please enter the number for the action you intended (or blank to cancel):\n0:\ta\n1:\tb"
+
+
+def test_who_heeds_the_world_answers_its_questions_and_says_nothing_refused_again():
+    heeding, plain = policy_of(heeds=True, batch_size=2), policy_of(batch_size=1)
+    begun = Trajectory(Task("scienceworld", "boil", "0", "train"), "open door", "You see a door.")
+    assert heeding.act([begun.with_step(Step("open door", CHOICES))])[0].text in ("0", "1") and heeding.describe()["heeds"] and "heeds" not in plain.describe()
+    said, now = [], begun
+    for _ in range(6):
+        said.append(heeding.act([now], keys=[0])[0].text)
+        now = now.with_step(Step(said[-1], REFUSAL))
+    assert len(set(said)) == 6 and said[0] == plain.act([begun])[0].text, "nothing is said twice, and the first is the model's own"
+    assert just_refused(now) == set(said) and just_refused(now.with_step(Step("wait", "You wait."))) == just_refused(Trajectory(TASKS[0], "", "", (Step("a", REFUSAL),))) == frozenset()
 
 
 def test_weights_tell_policies_apart():
