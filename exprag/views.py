@@ -27,12 +27,13 @@ def step_line(head: str,  # what was done, or 'Start'
     "One line of a view: what was done, and a cue of what was seen after it."
     return head + (f" | {short}" if (short := cue(observation, words)) else "")
 
-# %% ../nbs/02b_views.ipynb #9fca09f9
+# %% ../nbs/02b_views.ipynb #c6e8be7b
 def numbered(trajectory: Trajectory) -> str:
     "As `actions`, with the number of the step before each action; an experience that somebody follows (`exprag.retelling`) says from which step on, and with which number."
-    begin, shift = (trajectory.provenance.get(name, 0) for name in ("shown_from", "shift"))
+    begin, end, shift = (trajectory.provenance.get(name, default) for name, default in (("shown_from", 0), ("shown_to", len(trajectory)), ("shift", 0)))
     return "\n".join([f"Goal: {trajectory.goal.strip()}", "..." if begin else step_line("Start", trajectory.first_observation),
-                      *(step_line(f"{n + shift}: {step.action}", step.observation) for n, step in enumerate(trajectory.steps, 1) if n > begin)])
+                      *(step_line(f"{n + shift}: {step.action}", step.observation) for n, step in enumerate(trajectory.steps[begin:end], begin + 1)),
+                      *["..."] * (end < len(trajectory))])
 
 # %% ../nbs/02b_views.ipynb #d6934c60
 def excerpt(trajectory: Trajectory,
