@@ -67,7 +67,7 @@ def test_a_lesson_fits_by_the_lines_of_its_own_numbers():
 
 
 def test_a_lesson_is_shown_what_it_will_have_seen(retriever):
-    first, second = (replace(t, steps=(Step("look around", f"This room is called the hall. In it, you see: a {colour} wire."), *t.steps, Step(f"pick up {colour} wire", "done")))
+    first, second = (replace(t, steps=(Step("look around", f"This room is called the hall. In it, you see:\n\ta {colour} wire"), *t.steps, Step(f"pick up {colour} wire", "done")))
                      for t, colour in zip(episodes(2), ("red", "blue")))
     class Told:
         def recall(self, trajectory): return Selection((second,))

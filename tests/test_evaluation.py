@@ -75,7 +75,7 @@ def test_the_five_conditions_and_four_controls():
     (lambda: Condition("x", k=0), "k is 0"),
     (lambda: Condition("x", memory="retrieved", when="often"), "no rule is called 'often'"),
     (lambda: Condition("x", when="every 5"), "nobody to ask"),
-    (lambda: Condition("x", memory="retrieved", situated=True), "is situated and asks its memory \\(retrieved\\) once.*when='every 1'"),
+    (lambda: Condition("x", memory="retrieved", situated=True), "is situated and asks its memory \\(retrieved\\) 'once'.*when='every 1'"),
     (lambda: Condition("x", when="every 1", situated=True), "asks its memory \\(none\\)"),
     (lambda: panel("hard"), "unknown panel 'hard'"),
 ])

@@ -117,6 +117,19 @@ def test_the_next_line_has_the_number_of_the_next_action():
     assert view("numbered")(followed(RED, now())) == view("numbered")(RED) and view("numbered")(RED).splitlines()[2].startswith("1: teleport")
 
 
+def test_a_long_experience_is_shown_in_parts():
+    long = episode(4, *((f"do {n}", "done") for n in range(1, 8)))
+    def lines(*actions, ahead=3):
+        here = now(*((a, "done") for a in actions))
+        return view("numbered")(pointed_at(long, here, progress(long.actions, here.actions, [True] * len(here)), ahead)).splitlines()[1:]
+    def do(*numbers): return [f"do {n}" for n in numbers]
+    first = ["Start | This room is called the hall.", "1: do 1 | done", "2: do 2 | done", "3: do 3 | done", "..."]
+    assert lines() == lines(*do(1)) == lines(*do(1, 2)) == first and lines(ahead=None)[-1] == "7: do 7 | done"
+    assert lines(*do(1, 2, 3)) == lines(*do(1, 2, 3, 4, 5)) == ["...", "4: do 4 | done", "5: do 5 | done", "6: do 6 | done", "..."]
+    assert lines(*do(1, 2, 3), "slip", *do(4)) == ["...", "5: do 4 | done", "6: do 5 | done", "7: do 6 | done", "..."]
+    assert lines(*do(1, 2, 3, 4, 5, 6)) == ["...", "7: do 7 | done"]
+
+
 def test_what_is_much_farther_is_dropped():
     kept, dropped = within(0.1)(now(), candidates(RED, RED, RED, scores=[0.9, 0.81, 0.79]))
     assert len(kept) == 2 and dropped[0].reason == "0.110 farther than the nearest" and within(0)(now(), []) == ([], [])
