@@ -114,7 +114,7 @@ def run_doctor(given: argparse.Namespace) -> int:  # exit status
     print(diagnosis)
     return int(not diagnosis.ok)
 
-# %% ../nbs/11_command_line.ipynb #c526fb8d
+# %% ../nbs/11_command_line.ipynb #46ad4bda
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
     parser = argparse.ArgumentParser(prog="exprag", description="Agents that learn from experience.")
@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
                                description="Interrupted, it goes on where it was; run again, it reuses what is there.")
     size = demo.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a small version: two task types, a dozen training steps")
-    size.add_argument("--wide", dest="size", action="store_const", const="wide", help="a large version: up to five test episodes of each type, some four times the lessons and experiences; about 45 minutes")
+    size.add_argument("--wide", dest="size", action="store_const", const="wide", help="a large version: up to five test episodes of each type, some four times the lessons and experiences; two to three hours")
     demo.add_argument("--out", type=Path, help="directory (default: runs/demo, runs/demo-quick or runs/demo-wide)")
     demo.add_argument("--model", default="nano", metavar="NAME_OR_PATH", help="causal language model: nano (in the package), a folder, or a name on the hub")
     demo.add_argument("--encoder", metavar="NAME_OR_PATH", help="sentence encoder (default: the MiniLM that comes with the package)")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOW_IT_IS', 'CUT', 'STATEMENT', 'REFUSALS', 'MARGIN', 'AHEAD', 'things', 'kind', 'apart', 'is_name', 'exchanged',
-           'sights', 'seen_instead', 'told_with', 'retell', 'retelling', 'within', 'refused', 'Progress', 'progress',
-           'pointed_at', 'still_open', 'situated']
+           'sights', 'seen_instead', 'told_with', 'retell', 'retelling', 'within', 'beginnings', 'refused', 'Progress',
+           'progress', 'pointed_at', 'still_open', 'situated']
 
 # %% ../nbs/04e_retelling.ipynb #1fe2d17d
 import re
@@ -119,13 +119,19 @@ def within(margin: float  # of the nearest one's score
         return [(c, None if c.hit.score >= best - margin else f"{best - c.hit.score:.3f} farther than the nearest") for c in candidates]
     return Stage("within", run, FrozenMap({"margin": margin}), limits=True)
 
-# %% ../nbs/04e_retelling.ipynb #4cabbf05
+# %% ../nbs/04e_retelling.ipynb #0be6278b
 REFUSALS = {WORLD: ("No known action matches", "Unknown action"), ALFWORLD: ("Nothing happens.",)}  # world -> how its refusals begin
 
+def beginnings(world: str, refusals: Mapping[str, Sequence[str]] = REFUSALS) -> tuple[str, ...]:
+    "How a world's refusals begin."
+    if world not in refusals: raise ValueError(f"nobody said how {world!r} refuses an action (known: {', '.join(refusals)}): give refusals={{{world!r}: ('how its answer begins', ...)}}")
+    if isinstance(refusals[world], str): raise ValueError(f"the refusals of {world!r} are one text: give refusals={{{world!r}: ({refusals[world]!r},)}}")
+    return tuple(refusals[world])
+
+# %% ../nbs/04e_retelling.ipynb #1a538b55
 def refused(step: Step, world: str, refusals: Mapping[str, Sequence[str]] = REFUSALS) -> bool:
     "Whether the world did not take an action."
-    if world not in refusals: raise ValueError(f"nobody said how {world!r} refuses an action (known: {', '.join(refusals)}): give refusals={{{world!r}: ('how its answer begins', ...)}}")
-    return step.observation.strip().startswith(tuple(refusals[world]))
+    return step.observation.strip().startswith(beginnings(world, refusals))
 
 # %% ../nbs/04e_retelling.ipynb #83963dc4
 class Progress(NamedTuple):
@@ -158,12 +164,14 @@ def pointed_at(experience: Trajectory, trajectory: Trajectory, progress: Progres
     place = {"at_step": done, "shift": len(trajectory) - done, "shown_from": begin, **({"shown_to": begin + ahead} if ahead else {})}
     return replace(experience, provenance={**experience.provenance, **place})
 
-# %% ../nbs/04e_retelling.ipynb #182f8dd7
+# %% ../nbs/04e_retelling.ipynb #04bba4af
 def still_open(refusals: Mapping[str, Sequence[str]] = REFUSALS,
                ahead: int | None = None  # lines shown at once, see `pointed_at`
               ) -> Stage:
-    "Drop an experience that is through, or whose next line the world refused; where all are dropped, the nearest that is not through goes on behind that line."
+    "Drop an experience that is through, or whose next line the world refused; where all are dropped, the nearest that is not through goes on with the line after it."
+    if ahead is not None and ahead < 1: raise ValueError(f"still_open(ahead={ahead}): at least one line is to be seen; None shows all that are left")
     def run(trajectory, candidates):
+        beginnings(trajectory.task.world, refusals)  # an unknown world is an error before the first step
         taken, judged = [not refused(s, trajectory.task.world, refusals) for s in trajectory.steps], []
         for c in candidates:
             now = progress(c.experience.actions, trajectory.actions, taken)

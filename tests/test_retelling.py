@@ -161,6 +161,13 @@ def test_a_question_is_no_refusal():
     assert still_open({"mine": ("No.",)}).describe()["refusals"] == {"mine": ["No."]}
 
 
+def test_what_cannot_be_is_refused_before_the_first_step():
+    elsewhere = replace(now(), task=Task("mine", "a", "1", "dev"))
+    with pytest.raises(ValueError, match="nobody said how 'mine' refuses"): still_open()(elsewhere, candidates(RED))
+    with pytest.raises(ValueError, match=r"one text: give refusals=.'mine': .'Error',"): refused(Step("a", "every thing is fine"), "mine", {"mine": "Error"})
+    with pytest.raises(ValueError, match="ahead=0.*at least one"): still_open(ahead=0)
+
+
 def test_situated_stages_stand_before_the_one_that_limits():
     names = [s.name for s in situated((exclude_same_task(), successes_only(), top_k(1)))]
     assert names == ["exclude_same_task", "successes_only", "within", "retelling", "still_open", "top_k"]
