@@ -86,12 +86,12 @@ def states(text: str  # what a world says
     for thing, how in STATE.findall(text): found.setdefault(thing.strip().lower(), set()).add(how.strip().lower())
     return found
 
-# %% ../nbs/04f_parts.ipynb #23b7f6b6
+# %% ../nbs/04f_parts.ipynb #1c42dbff
 def falls_short(here: str, there: str,  # what the world says, and what it said to the experience
                 goal: str) -> bool:
     "Whether an answer of one line lacks a word of the goal that the experience's had."
     if "\n" in here.strip() + there.strip(): return False
-    here, there, goal = (set(WORD.findall(text.lower())) for text in (here, there, goal))
+    here, there, goal = ({word for word in WORD.findall(text.lower()) if word[0].isalnum()} for text in (here, there, goal))
     return not (there & goal) - FUNCTION_WORDS <= here
 
 # %% ../nbs/04f_parts.ipynb #5e9e6a2d

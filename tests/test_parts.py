@@ -93,7 +93,7 @@ def test_how_things_are(text, wanted):
 
 @pytest.mark.parametrize("here, there, wanted", [
     ("They mix to orange paint.", "They mix to violet paint.", True), ("They mix to violet paint.", "They mix to violet paint.", False), ("They mix.", "They do not mix.", False),
-    ("They mix to orange.\nLook!", "They mix to violet.", False), ("orange", "the", False), ("VIOLET", "violet", False)])
+    ("They mix to orange.\nLook!", "They mix to violet.", False), ("orange", "the", False), ("VIOLET", "violet", False), ("Yes", "Yes.", False)])
 def test_an_answer_that_falls_short(here, there, wanted):
     assert falls_short(here, there, "Create the violet paint.") is wanted
 
