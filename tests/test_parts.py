@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.parts import agreeing, falls_short, followed, form, names_in, observant, otherwise, parts, recast, recasting, states, swapped
+from exprag.parts import agreeing, falls_short, form, lines_done, names_in, observant, otherwise, parts, recast, recasting, states, swapped
 from exprag.query import Hit
 from exprag.retelling import MARGIN, progress, retell, still_open
 from exprag.select import Candidate, exclude_same_task, run_stages, successes_only, top_k
@@ -102,7 +102,7 @@ def test_what_came_out_otherwise():
     assert otherwise(LIT, HERE) == ("red lamp",) and otherwise(recast(DARK, HERE), HERE) == () == otherwise(DARK, now())
     assert otherwise(LIT, begun(HERE, 3)) == ()  # nobody has looked yet
     on_again = replace(HERE, steps=(*HERE.steps[:3], *LIT.steps[3:4]))
-    assert otherwise(LIT, on_again) == () and [n for n, _ in followed(LIT, on_again)] == [0, 1, 2, 3]
+    assert otherwise(LIT, on_again) == () and [n for n, _ in lines_done(LIT, on_again)] == [0, 1, 2, 3]
 
 
 def test_what_was_said_last_counts():
@@ -119,7 +119,7 @@ def test_two_things_of_one_name_are_compared_together():
 
 def test_a_refused_line_was_not_followed():
     here = now(("look around", TABLE.format("red", "blue", "off")), ("connect battery to red wire", NO))
-    assert [n for n, _ in followed(LIT, here)] == [0]
+    assert [n for n, _ in lines_done(LIT, here)] == [0]
 
 
 def order(trajectory, *experiences):
