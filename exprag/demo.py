@@ -37,7 +37,7 @@ FIVE = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only", 
 CONTROLS = ("replay", "situated replay", "random experience", "oracle experience")
 DEMO_TYPES = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)  # an expert of the Mendelian types takes half a minute an episode
 
-# %% ../nbs/10_demo.ipynb #d9b77400
+# %% ../nbs/10_demo.ipynb #889a4538
 @dataclass(frozen=True)
 class Plan:
     "What the demo does, and with what."
@@ -54,7 +54,7 @@ class Plan:
     constrain: str | None = None  # 'templates': actions are written within the action templates, in every condition alike
     heeds: bool = True  # a question is answered with one of its numbers, and what was just refused is not said again, in every condition alike
     adapted: bool = True  # put the nouns of the task at hand into an experience, in every condition alike
-    situated: bool = True  # go along with the agent: retell with what it has seen, give up what the world refuses; in every condition with a memory but 'replay'
+    situated: bool = True  # go along with the agent (`exprag.parts.observant`), in every condition with a memory but 'replay'
     pair: str = "procedure"  # a lesson's experience is the nearest by what its expert did, or by its 'goal', as at test
     fitting: float = 0.8  # share of a lesson's actions, at least, that are its experience's line of the same number; other lessons neither adapter gets
     drop_memory: float = 0.0  # share of training contexts left without experience

@@ -11,7 +11,7 @@ __all__ = ['ADAPTERS', 'MEMORIES', 'CONDITIONS', 'GIVES_UP', 'MOVES', 'THREE', '
            'procedure_accuracy', 'CONDITION_ORDER', 'PRIMARY', 'SECONDARY', 'Episode', 'Question', 'Results', 'Run',
            'Table', 'contrast_table', 'load_results', 'plot_results', 'plot_types', 'results_table', 'types_table']
 
-# %% ../nbs/08c_evaluation.ipynb #9c2b8128
+# %% ../nbs/08c_evaluation.ipynb #2eab989c
 import hashlib
 import re
 import sys
@@ -29,6 +29,7 @@ from .collecting import make_environment
 from .combined import Leak, audit, index_manifest, true_fold
 from .environment import ALFWORLD, Panel, ScienceWorldEnv, action_templates, gold_path, known
 from .insights import InsightError
+from .parts import observant
 from .procedure import abstract, edit_distances
 from .query import Hit
 from .results import (CONDITION_ORDER, PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, contrast_table, load_results,
@@ -36,7 +37,6 @@ from .results import (CONDITION_ORDER, PRIMARY, SECONDARY, Episode, EpisodeFile,
 from .select import Memory, NoMemory, adapt, composition, exclude_same_task, same_task, successes_only, top_k
 from .samples import LeakError, Sample, collate, micro_batches
 from .sft import Manifest
-from .retelling import situated
 from .situations import rule
 from .store import UnknownTrajectory
 from .trajectory import Task, Trajectory, thaw
@@ -50,7 +50,7 @@ _all_ = ["CONDITION_ORDER", "PRIMARY", "SECONDARY", "Episode", "Question", "Resu
 ADAPTERS = ("none", "lora", "exprag-lora")
 MEMORIES = ("none", "retrieved", "random", "oracle")
 
-# %% ../nbs/08c_evaluation.ipynb #440749c2
+# %% ../nbs/08c_evaluation.ipynb #1b21d36e
 @dataclass(frozen=True)
 class Condition:
     "Who acts and what it may remember."
@@ -62,7 +62,7 @@ class Condition:
     k: int = 2  # experiences in the context
     seed: int = 0  # training seed; of the draw, for random experience
     when: str = "once"  # when the memory is asked: 'once' an episode (static), or a rule's name, such as 'every 5'
-    situated: bool = False  # whether the memory goes along: `exprag.retelling.situated`; to be asked 'every 1'
+    situated: bool = False  # whether the memory goes along: `exprag.parts.observant`; to be asked 'every 1'
 
     def __post_init__(self):
         known(self.adapter, ADAPTERS, "adapter"), known(self.memory, MEMORIES, "memory"), known(self.policy, ("model", "replay"), "policy")
@@ -177,7 +177,7 @@ def oracle_paths(env: ScienceWorldEnv, tasks: Iterable[Task]) -> dict[Task, tupl
     "The simulator's own expert path for each task, to rank with."
     return {task: gold_path(env, task) for task in tasks}
 
-# %% ../nbs/08c_evaluation.ipynb #9f0b87d4
+# %% ../nbs/08c_evaluation.ipynb #035a8e75
 def memory_for(condition: Condition,
                retriever=None,  # a `Retriever`; its store serves the controls too
                paths: Mapping[Task, Sequence[str]] | None = None,  # `oracle_paths`, for oracle experience
@@ -193,7 +193,7 @@ def memory_for(condition: Condition,
         if not paths: raise ValueError(f"condition {condition.name!r} ranks by the expert's path: give paths=oracle_paths(env, panel.tasks)")
         retriever = OracleRetriever(retriever.store, paths)
     stages = (exclude_same_task(), successes_only(), top_k(condition.k), *extra_stages)
-    if condition.situated: stages = situated(stages)
+    if condition.situated: stages = observant(stages)
     memory = Memory(retriever, stages=stages, composition=condition.composition, view=view, adapted=adapted)
     return memory if condition.when == "once" else Dynamic(memory, rule(condition.when, retriever))
 

@@ -17,23 +17,26 @@ from .retelling import AHEAD, MARGIN, REFUSALS, beginnings, is_name, kind, progr
 from .select import FUNCTION_WORDS, WORD, Stage
 from .trajectory import FrozenMap, Step, Trajectory
 
-# %% ../nbs/04f_parts.ipynb #23a6b0ff
+# %% ../nbs/04f_parts.ipynb #d42bf44d
 def stands_in(name: str, text: str  # both lower case
              ) -> bool:
     "Whether a name stands in a text, as whole words."
     return name in text and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
 
+# %% ../nbs/04f_parts.ipynb #164ec2f4
 @lru_cache(maxsize=4096)
 def named(said: str  # what the world said
          ) -> frozenset[str]:  # lower case
     "The names of things in a text; the number of a thing is none of its words."
     return frozenset(x for x in things(said) if is_name(re.sub(r"(?: \d+)+$", "", x)))
 
+# %% ../nbs/04f_parts.ipynb #4418f337
 def finder(names: Iterable[str]) -> re.Pattern | None:  # None: there are none
     "Finds names as whole words, the longest first."
     longest_first = sorted(names, key=lambda x: (-len(x), x))
     return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])", re.I) if longest_first else None
 
+# %% ../nbs/04f_parts.ipynb #40b29405
 @lru_cache(maxsize=1024)
 def names_in(lines: tuple[str, ...],  # actions
              *seen: tuple[str, ...]  # what the world said, to one or more agents
@@ -42,12 +45,13 @@ def names_in(lines: tuple[str, ...],  # actions
     text = "\n".join(lines).lower()
     return finder(x for x in set().union(*(named(said) for told in seen for said in told)) if stands_in(x, text))
 
-# %% ../nbs/04f_parts.ipynb #f1147338
+# %% ../nbs/04f_parts.ipynb #4894874d
 def form(line: str, names: re.Pattern | None) -> tuple[str, tuple[str, ...]]:
     "A line with its things left out, and the things in lower case; the verb stays."
     verb, space, rest = line.partition(" ")
     return (verb + space + names.sub("_", rest), tuple(x.lower() for x in names.findall(rest))) if names else (line, ())
 
+# %% ../nbs/04f_parts.ipynb #da7410c6
 def said_of(text: str, names: re.Pattern | None,
             mapping: Mapping[str, str]  # thing -> other thing
            ) -> str:
@@ -57,6 +61,7 @@ def said_of(text: str, names: re.Pattern | None,
         return new[0].upper() + new[1:] if found[0][0].isupper() else new
     return names.sub(put, text) if names else text
 
+# %% ../nbs/04f_parts.ipynb #91cf209a
 def line_of(line: str, names: re.Pattern | None, mapping: Mapping[str, str]) -> str:
     "A line said of other things; the verb stays."
     verb, space, rest = line.partition(" ")
