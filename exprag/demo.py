@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIVE', 'CONTROLS', 'DEMO_TYPES', 'PLANS', 'Plan', 'demo_tasks', 'demo_panel', 'gather', 'allowed',
-           'memory_of_lessons', 'fit', 'Pool', 'Lent', 'condition_of', 'compare_conditions', 'demo', 'write_report']
+           'memory_of_lessons', 'lessons_of', 'fit', 'Pool', 'Lent', 'condition_of', 'compare_conditions', 'demo',
+           'write_report']
 
 # %% ../nbs/10_demo.ipynb #d2fe3dad
 import json
@@ -114,17 +115,22 @@ def memory_of_lessons(plan: Plan, retriever: Retriever, demonstrations):  # -> M
     paired = condition("oracle experience" if plan.pair == "procedure" else "ExpRAG-LoRA", k=plan.k)
     return memory_for(paired, retriever, {t.task: t.actions for t in demonstrations}, view=plan.view, adapted=plan.adapted)
 
-# %% ../nbs/10_demo.ipynb #5c18f010
-def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
-        encoder,  # a `PromptEncoder`
-        progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
-    "Train (or find trained) the plain and the combined adapter."
+# %% ../nbs/10_demo.ipynb #d3f17269
+def lessons_of(plan: Plan, store: Store, retriever: Retriever):  # -> what both adapters learn from, and the memory of it
+    "The easy expert episodes that are short enough and that their experience fits, and what stands in their contexts."
     demonstrations = [t for t in map(store.get, store.find(types=plan.easy_types, folds=["train"])) if len(t) <= plan.longest]
     memory = memory_of_lessons(plan, retriever, demonstrations)
     found = retrieve_for_training(demonstrations, memory, retold=plan.situated)
     lessons = [t for t in demonstrations if fits(t, found.recall(t).experiences) >= plan.fitting]
     if not lessons: raise ValueError(f"none of {len(demonstrations)} lessons is, in {plan.fitting:.0%} of its actions, what its experience does at that number: lower `fitting`")
-    recalled = retrieve_for_training(lessons, memory, plan.drop_memory, seed=plan.seed, retold=plan.situated)
+    return lessons, retrieve_for_training(lessons, memory, plan.drop_memory, seed=plan.seed, retold=plan.situated)
+
+# %% ../nbs/10_demo.ipynb #0e2541c0
+def fit(plan: Plan, store: Store, retriever: Retriever, folder: Path, model: str, recipe: Recipe,
+        encoder,  # a `PromptEncoder`
+        progress: bool = True, threads: int | None = None) -> dict:  # adapter name -> RunReport
+    "Train (or find trained) the plain and the combined adapter."
+    lessons, recalled = lessons_of(plan, store, retriever)
     plain, combined = make_samples(lessons, encoder), make_samples(lessons, encoder, recalled)
     check_aligned(plain, combined)
     recipe = allowed(recipe, len(plain))

@@ -1,0 +1,92 @@
+"""Makes readers.json, which the chapter on the demo (10_demo) reads: what five versions of the small model do with the same memory, frozen and trained.
+
+    python nbs/data/readers.py [FOLDER]   # needs the games, Java and this repository's history; some four hours of one core, resumes
+
+The weights of each version come from the git history. All play the same dev tasks, two of each type of the demo's panel, with the same
+store, memory and prompt; ExpRAG-LoRA learns from the same lessons for as many steps with each. No test task takes part.
+"""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from exprag.agent import HFPolicy, load_model
+from exprag.demo import DEMO_TYPES, PLANS, allowed, condition_of, gather, lessons_of
+from exprag.environment import Panel, scienceworld_tasks, spread, step_cap
+from exprag.evaluation import ReplayPolicy, evaluate, memory_for
+from exprag.lookup import Words, steady
+from exprag.nano import lookup_accuracy
+from exprag.query import Retriever, SentenceEncoder
+from exprag.results import read_episodes
+from exprag.samples import RECIPES, make_samples
+from exprag.sft import Manifest, train
+
+HERE = Path(__file__).resolve().parent
+VERSIONS = {"0.1": "ca0b34c", "0.2": "7b0c153", "0.3": "4ad08e8", "0.5": "1b6f331", "0.6": "f6d78eb"}  # commits with their weights
+FILES = ("chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+CONDITIONS = {"frozen": "ExpRAG (frozen)", "exprag-lora": "ExpRAG-LoRA"}  # its name in a run: the demo's
+EACH = 2  # dev tasks of a type
+
+
+def weights(version: str, folder: Path) -> Path:
+    "The small model of a version, as the history has it."
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if not (folder / name).exists():
+            data = subprocess.run(["git", "show", f"{VERSIONS[version]}:exprag/assets/nano/{name}"], cwd=HERE, check=True, capture_output=True).stdout
+            (folder / name).write_bytes(data)
+    return folder
+
+
+def reading(path: Path, play: list) -> float:
+    "The share of lines said to the end, where a list is done line by line with mistakes on the way (generated text, as in chapter 09b)."
+    model, tokenizer = load_model(str(path))
+    words = Words(tokenizer, play)
+    made = [generator for name, _, generator in steady(1).mix if "steady" in name]
+    return sum(lookup_accuracy(model, lambda chance: make(chance, words, 3072), 16)[1] for make in made) / len(made)
+
+
+def outcomes(run) -> dict:
+    "The score of each task, failures as 0, and how episodes ended."
+    episodes = sorted(read_episodes(run.folder / "episodes.jsonl"), key=lambda t: (t.task.type, t.task.variation))
+    return {"scores": [[t.task.type, t.task.variation, max(0.0, t.score)] for t in episodes], "solved": sum(bool(t.success) for t in episodes),
+            "stops": dict(sorted(Counter(t.provenance["stop"] for t in episodes).items()))}
+
+
+if __name__ == "__main__":
+    import torch
+    torch.set_num_threads(1)
+    folder, plan = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/readers"), PLANS["wide"]
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = tuple(t for kind in DEMO_TYPES for t in spread(scienceworld_tasks("dev", [kind]), EACH))
+    dev = Panel("hard-dev", tasks, {kind: step_cap(kind) for kind in DEMO_TYPES}, {"simplification": "easy"})
+    kept = {"each": EACH, "tasks": len(tasks), "versions": {}}
+    with gather(plan, folder) as store:
+        retriever = Retriever(store, SentenceEncoder())
+        retriever.load(folder / "experience.index")
+        lessons, recalled = lessons_of(plan, store, retriever)
+        kept["lessons"] = len(lessons)
+        play = [t for t in map(store.get, store.find(types=["melt"], folds=["train"]))][:1]
+
+        def played(name, shown, policy, manifests, where):
+            chosen = replace(condition_of(plan, shown), name=name)
+            return outcomes(evaluate(chosen, dev, where / "episodes", policy, memory_for(chosen, retriever, None, view=plan.view, adapted=plan.adapted), manifests))
+
+        kept["situated replay"] = played("situated replay", "situated replay", ReplayPolicy(), [], folder)
+        for version in VERSIONS:
+            path, kept["versions"][version] = weights(version, folder / "weights" / version), {}
+            kept["versions"][version]["lines"] = round(reading(path, play), 3)
+            writer = HFPolicy.from_pretrained(str(path), format=plan.format, batch_size=1).encoder
+            samples = make_samples(lessons, writer, recalled)
+            recipe = replace(allowed(replace(RECIPES["nano"], max_steps=plan.steps, seed=plan.seed), len(samples)), name="exprag-lora")
+            report = train(str(path), samples, recipe, folder / version / "adapters", threads=1)
+            for name, adapter, manifest in (("frozen", None, Manifest.read(path)), ("exprag-lora", report.adapter, report.manifest)):
+                policy = HFPolicy.from_pretrained(str(path), adapter, format=plan.format, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens, heeds=plan.heeds)
+                kept["versions"][version][name] = played(name, CONDITIONS[name], policy, [manifest], folder / version)
+            (HERE / "readers.json").write_text(json.dumps(kept, indent=0) + "\n")
