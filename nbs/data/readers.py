@@ -1,6 +1,6 @@
 """Makes readers.json, which the chapter on the demo (10_demo) reads: what five versions of the small model do with the same memory, frozen and trained.
 
-    python nbs/data/readers.py [FOLDER]   # needs the games, Java and this repository's history; some four hours of one core, resumes
+    python nbs/data/readers.py [FOLDER]   # needs the games, Java and a full clone of this repository; some four hours of one core, goes on where it stopped
 
 The weights of each version come from the git history. All play the same dev tasks, two of each type of the demo's panel, with the same
 store, memory and prompt; ExpRAG-LoRA learns from the same lessons for as many steps with each. No test task takes part.
@@ -39,8 +39,10 @@ def weights(version: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if not (folder / name).exists():
-            data = subprocess.run(["git", "show", f"{VERSIONS[version]}:exprag/assets/nano/{name}"], cwd=HERE, check=True, capture_output=True).stdout
-            (folder / name).write_bytes(data)
+            shown = subprocess.run(["git", "show", f"{VERSIONS[version]}:exprag/assets/nano/{name}"], cwd=HERE, capture_output=True)
+            if shown.returncode: raise SystemExit(f"version {version} is not in this history; get the whole of it (`git fetch --unshallow`): {shown.stderr.decode().strip()}")
+            (folder / f"{name}.part").write_bytes(shown.stdout)
+            (folder / f"{name}.part").replace(folder / name)
     return folder
 
 
@@ -89,4 +91,4 @@ if __name__ == "__main__":
             for name, adapter, manifest in (("frozen", None, Manifest.read(path)), ("exprag-lora", report.adapter, report.manifest)):
                 policy = HFPolicy.from_pretrained(str(path), adapter, format=plan.format, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens, heeds=plan.heeds)
                 kept["versions"][version][name] = played(name, CONDITIONS[name], policy, [manifest], folder / version)
-            (HERE / "readers.json").write_text(json.dumps(kept, indent=0) + "\n")
+    (HERE / "readers.json").write_text(json.dumps(kept, indent=0) + "\n")  # all versions or none
