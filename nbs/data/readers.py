@@ -1,6 +1,6 @@
 """Makes readers.json, which the chapter on the demo (10_demo) reads: what five versions of the small model do with the same memory, frozen and trained.
 
-    python nbs/data/readers.py [FOLDER]   # needs the games, Java and a full clone of this repository; some four hours of one core, goes on where it stopped
+    python nbs/data/readers.py [FOLDER]   # needs the games, Java and a full clone of this repository; some three hours of a core, goes on where it stopped
 
 The weights of each version come from the git history. All play the same dev tasks, two of each type of the demo's panel, with the same
 store, memory and prompt; ExpRAG-LoRA learns from the same lessons for as many steps with each. No test task takes part.
@@ -47,7 +47,7 @@ def weights(version: str, folder: Path) -> Path:
 
 
 def reading(path: Path, play: list) -> float:
-    "The share of lines said to the end, where a list is done line by line with mistakes on the way (generated text, as in chapter 09b)."
+    "The share of generated lines of which every token is predicted right, where a list is done line by line with mistakes on the way."
     model, tokenizer = load_model(str(path))
     words = Words(tokenizer, play)
     made = [generator for name, _, generator in steady(1).mix if "steady" in name]
@@ -74,7 +74,7 @@ if __name__ == "__main__":
         retriever.load(folder / "experience.index")
         lessons, recalled = lessons_of(plan, store, retriever)
         kept["lessons"] = len(lessons)
-        play = [t for t in map(store.get, store.find(types=["melt"], folds=["train"]))][:1]
+        play = list(map(store.get, store.find(types=["melt"], folds=["train"])))[:1]
 
         def played(name, shown, policy, manifests, where):
             chosen = replace(condition_of(plan, shown), name=name)
