@@ -1,9 +1,10 @@
-"""Makes readers.json, which the chapter on the demo (10_demo) reads: what five versions of the small model do with the same memory, frozen and trained.
+"""Makes readers.json, which the chapter on what training adds (10b_versions) reads: what five versions of the small model do with the same memory, frozen and trained.
 
-    python nbs/data/readers.py [FOLDER]   # needs the games, Java and a full clone of this repository; some three hours of a core, goes on where it stopped
+    python nbs/data/readers.py [FOLDER]   # needs the games, Java and a full clone of this repository; some six hours of a core, goes on where it stopped
 
 The weights of each version come from the git history. All play the same dev tasks, two of each type of the demo's panel, with the same
-store, memory and prompt; ExpRAG-LoRA learns from the same lessons for as many steps with each. No test task takes part.
+store, memory and prompt; both adapters learn from the same lessons for as many steps with each. One version, the last before that of
+the package, also plays the test panel of the wide demo.
 """
 import os
 
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exprag.agent import HFPolicy, load_model
-from exprag.demo import DEMO_TYPES, PLANS, allowed, condition_of, gather, lessons_of
+from exprag.demo import DEMO_TYPES, PLANS, allowed, condition_of, demo_panel, gather, lessons_of
 from exprag.environment import Panel, scienceworld_tasks, spread, step_cap
 from exprag.evaluation import ReplayPolicy, evaluate, memory_for
 from exprag.lookup import Words, steady
@@ -30,7 +31,9 @@ from exprag.sft import Manifest, train
 HERE = Path(__file__).resolve().parent
 VERSIONS = {"0.1": "ca0b34c", "0.2": "7b0c153", "0.3": "4ad08e8", "0.5": "1b6f331", "0.6": "f6d78eb"}  # commits with their weights
 FILES = ("chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-CONDITIONS = {"frozen": "ExpRAG (frozen)", "exprag-lora": "ExpRAG-LoRA"}  # its name in a run: the demo's
+CONDITIONS = {"frozen": "ExpRAG (frozen)", "lora": "LoRA, retrieval at test only", "exprag-lora": "ExpRAG-LoRA"}  # its name in a run: the demo's
+TESTED = "0.5"  # chosen before any of its test episodes was seen; the wide demo plays the version after it
+ON_TEST = {**CONDITIONS, "plain": "LoRA"}
 EACH = 2  # dev tasks of a type
 
 
@@ -46,12 +49,12 @@ def weights(version: str, folder: Path) -> Path:
     return folder
 
 
-def reading(path: Path, play: list) -> float:
+def reading(path: Path, adapter: Path | None, play: list) -> float:
     "The share of generated lines of which every token is predicted right, where a list is done line by line with mistakes on the way."
-    model, tokenizer = load_model(str(path))
+    model, tokenizer = load_model(str(path), adapter)
     words = Words(tokenizer, play)
     made = [generator for name, _, generator in steady(1).mix if "steady" in name]
-    return sum(lookup_accuracy(model, lambda chance: make(chance, words, 3072), 16)[1] for make in made) / len(made)
+    return round(sum(lookup_accuracy(model, lambda chance: make(chance, words, 3072), 16)[1] for make in made) / len(made), 3)
 
 
 def outcomes(run) -> dict:
@@ -76,19 +79,30 @@ if __name__ == "__main__":
         kept["lessons"] = len(lessons)
         play = list(map(store.get, store.find(types=["melt"], folds=["train"])))[:1]
 
-        def played(name, shown, policy, manifests, where):
+        def played(name, shown, policy, manifests, where, panel=dev):
             chosen = replace(condition_of(plan, shown), name=name)
-            return outcomes(evaluate(chosen, dev, where / "episodes", policy, memory_for(chosen, retriever, None, view=plan.view, adapted=plan.adapted), manifests))
+            return outcomes(evaluate(chosen, panel, where, policy, memory_for(chosen, retriever, None, view=plan.view, adapted=plan.adapted), manifests))
 
-        kept["situated replay"] = played("situated replay", "situated replay", ReplayPolicy(), [], folder)
+        kept["situated replay"] = played("situated replay", "situated replay", ReplayPolicy(), [], folder / "episodes")
         for version in VERSIONS:
-            path, kept["versions"][version] = weights(version, folder / "weights" / version), {}
-            kept["versions"][version]["lines"] = round(reading(path, play), 3)
+            path = weights(version, folder / "weights" / version)
             writer = HFPolicy.from_pretrained(str(path), format=plan.format, batch_size=1).encoder
-            samples = make_samples(lessons, writer, recalled)
-            recipe = replace(allowed(replace(RECIPES["nano"], max_steps=plan.steps, seed=plan.seed), len(samples)), name="exprag-lora")
-            report = train(str(path), samples, recipe, folder / version / "adapters", threads=1)
-            for name, adapter, manifest in (("frozen", None, Manifest.read(path)), ("exprag-lora", report.adapter, report.manifest)):
-                policy = HFPolicy.from_pretrained(str(path), adapter, format=plan.format, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens, heeds=plan.heeds)
-                kept["versions"][version][name] = played(name, CONDITIONS[name], policy, [manifest], folder / version)
+
+            def trained(name, memory=None):
+                samples = make_samples(lessons, writer, memory)
+                recipe = replace(allowed(replace(RECIPES["nano"], max_steps=plan.steps, seed=plan.seed), len(samples)), name=name)
+                report = train(str(path), samples, recipe, folder / version / "adapters", threads=1)
+                return report.adapter, report.manifest
+
+            read = {"frozen": (None, Manifest.read(path)), "lora": trained("lora"), "exprag-lora": trained("exprag-lora", recalled)}
+            policies = {name: HFPolicy.from_pretrained(str(path), adapter, format=plan.format, batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens, heeds=plan.heeds)
+                        for name, (adapter, _) in read.items()}
+            kept["versions"][version] = {
+                name: {"lines": reading(path, adapter, play), **played(name, CONDITIONS[name], policies[name], [manifest], folder / version / "episodes")}
+                for name, (adapter, manifest) in read.items()}
+            if version == TESTED:
+                kept["test"] = {"version": version, "replay": played("replay", "replay", ReplayPolicy(), [], folder / version / "test", demo_panel(plan))}
+                for name, shown in ON_TEST.items():
+                    taught = "lora" if name == "plain" else name  # whose weights these are
+                    kept["test"][name] = played(name, shown, policies[taught], [read[taught][1]], folder / version / "test", demo_panel(plan))
     (HERE / "readers.json").write_text(json.dumps(kept, indent=0) + "\n")  # all versions or none
