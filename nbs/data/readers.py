@@ -1,6 +1,9 @@
 """Makes readers.json, which the chapter on what training adds (10b_versions) reads: what five versions of the small model do with the same memory, frozen and trained.
 
-    python nbs/data/readers.py [FOLDER]   # needs the games, Java and a full clone of this repository; some six hours of a core, goes on where it stopped
+    python nbs/data/readers.py [FOLDER]                              # needs the games, Java and a full clone of this repository; some six hours of a core
+    python nbs/data/readers.py FOLDER --versions 0.3 --seed 1        # some versions, dev only; what comes out goes to FOLDER/readers.json
+
+It goes on where it stopped.
 
 The weights of each version come from the git history. All play the same dev tasks, two of each type of the demo's panel, with the same
 store, memory and prompt; both adapters learn from the same lessons for as many steps with each. One version, the last before that of
@@ -10,9 +13,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import argparse
 import json
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 VERSIONS = {"0.1": "ca0b34c", "0.2": "7b0c153", "0.3": "4ad08e8", "0.5": "1b6f331", "0.6": "f6d78eb"}  # commits with their weights
 FILES = ("chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CONDITIONS = {"frozen": "ExpRAG (frozen)", "lora": "LoRA, retrieval at test only", "exprag-lora": "ExpRAG-LoRA"}  # its name in a run: the demo's
-TESTED = "0.5"  # chosen before any of its test episodes was seen; the wide demo plays the version after it
+TESTED = "0.5"  # chosen before any of its test episodes with this memory was seen; the wide demo plays the version after it
 ON_TEST = {**CONDITIONS, "plain": "LoRA"}
 EACH = 2  # dev tasks of a type
 
@@ -67,7 +70,13 @@ def outcomes(run) -> dict:
 if __name__ == "__main__":
     import torch
     torch.set_num_threads(1)
-    folder, plan = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/readers"), PLANS["wide"]
+    options = argparse.ArgumentParser()
+    options.add_argument("folder", nargs="?", type=Path, default=Path("runs/readers"))
+    options.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
+    options.add_argument("--seed", type=int, default=PLANS["wide"].seed, help="of the adapters")
+    asked = options.parse_args()
+    folder, plan = asked.folder, replace(PLANS["wide"], seed=asked.seed)
+    whole = plan == PLANS["wide"] and asked.versions == list(VERSIONS)
     folder.mkdir(parents=True, exist_ok=True)
     tasks = tuple(t for kind in DEMO_TYPES for t in spread(scienceworld_tasks("dev", [kind]), EACH))
     dev = Panel("hard-dev", tasks, {kind: step_cap(kind) for kind in DEMO_TYPES}, {"simplification": "easy"})
@@ -84,7 +93,7 @@ if __name__ == "__main__":
             return outcomes(evaluate(chosen, panel, where, policy, memory_for(chosen, retriever, None, view=plan.view, adapted=plan.adapted), manifests))
 
         kept["situated replay"] = played("situated replay", "situated replay", ReplayPolicy(), [], folder / "episodes")
-        for version in VERSIONS:
+        for version in asked.versions:
             path = weights(version, folder / "weights" / version)
             writer = HFPolicy.from_pretrained(str(path), format=plan.format, batch_size=1).encoder
 
@@ -100,9 +109,9 @@ if __name__ == "__main__":
             kept["versions"][version] = {
                 name: {"lines": reading(path, adapter, play), **played(name, CONDITIONS[name], policies[name], [manifest], folder / version / "episodes")}
                 for name, (adapter, manifest) in read.items()}
-            if version == TESTED:
+            if whole and version == TESTED:
                 kept["test"] = {"version": version, "replay": played("replay", "replay", ReplayPolicy(), [], folder / version / "test", demo_panel(plan))}
                 for name, shown in ON_TEST.items():
                     taught = "lora" if name == "plain" else name  # whose weights these are
                     kept["test"][name] = played(name, shown, policies[taught], [read[taught][1]], folder / version / "test", demo_panel(plan))
-    (HERE / "readers.json").write_text(json.dumps(kept, indent=0) + "\n")  # all versions or none
+    (HERE if whole else folder).joinpath("readers.json").write_text(json.dumps(kept, indent=0) + "\n")  # all versions or none
