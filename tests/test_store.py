@@ -399,7 +399,8 @@ TestModel.settings = settings(max_examples=12, stateful_step_count=12, deadline=
 
 def test_adding_costs_spelling_and_bare_sqlite_and_little_else(tmp_path):
     """In CPU time, side by side, the middle of five tries: how Python compares with SQLite differs from machine to machine, so each is held
-    against its own kind. The chapter on scale has the figures for 100,000."""
+    against its own kind. The bar lies between adding as it is (0.87 to 1.4, alone and beside other work) and spelling each episode twice
+    (0.60 to 0.74). The chapter on scale has the figures for 100,000."""
     from exprag.store import COLUMNS, row_of
     many, beside, sooner = [episode(i, steps=25) for i in range(2000)], [], []
     def seconds(work):
@@ -416,7 +417,7 @@ def test_adding_costs_spelling_and_bare_sqlite_and_little_else(tmp_path):
         spelling, plainly = seconds(lambda: [row_of(t) for t in spelled]), seconds(lambda: [(t.id, canonical_json(t.to_dict())) for t in plain])
         beside.append((inserting + spelling) / adding)
         sooner.append(plainly / spelling)
-    assert sorted(beside)[2] > 0.9 and sorted(sooner)[2] > 2, (beside, sooner)
+    assert sorted(beside)[2] > 0.8 and sorted(sooner)[2] > 2, (beside, sooner)
 
 
 READER = """
