@@ -1,4 +1,4 @@
-"Tiny random-weight models with the public chat templates of Qwen2.5, Gemma 3, Mistral and Ministral, rebuilt for tests."
+"Tiny random-weight models with the public chat templates of Qwen2.5 and 3, Gemma 2 and 3, Mistral, Ministral, Llama 3 and SmolLM2, rebuilt for tests."
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -94,13 +94,54 @@ MINISTRAL = """{%- set default_system_message = 'You are Ministral. Today is ' +
     {%- endif %}
 {%- endfor %}"""
 
-# Qwen3: writes a thinking block into the last turn and takes it out again when the conversation goes on
-QWEN3 = """{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-    {{- message.content + '<|im_end|>\\n' }}
+# Qwen3: takes thoughts out of all answers before the last question, writes an empty one into the last answer, and opens an
+# answer with an empty one if it is told not to think
+QWEN3 = """{%- set last = namespace(question=messages|length - 1, looking=true) %}
+{%- for message in messages[::-1] %}
+    {%- if last.looking and message.role == 'user' %}
+        {%- set last.looking = false %}{%- set last.question = messages|length - 1 - loop.index0 %}
+    {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+{%- for message in messages %}
+    {%- set thought = '' %}{%- set content = message.content %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > last.question and (loop.last or thought) %}
+        {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
+# Llama 3: headers, a system turn that begins with two dates, contents trimmed
+LLAMA3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = '' %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' }}
+{{- system_message + '<|eot_id|>' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
+# SmolLM2: ChatML, with a system turn of its own where none is given
+SMOLLM2 = """{% for message in messages %}
+    {%- if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are an assistant named SmolLM<|im_end|>\\n' }}{% endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 FAMILIES = {  # name: (template, control tokens, other added tokens, bos, eos, end-of-turn, style)
     "qwen": (QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"], None, "<|im_end|>", "<|im_end|>", "bytes"),
@@ -108,12 +149,17 @@ FAMILIES = {  # name: (template, control tokens, other added tokens, bos, eos, e
     "gemma2": (GEMMA_NO_SYSTEM, ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], ["\n\n"], "<bos>", "<eos>", "<end_of_turn>", "pieces"),
     "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], [], "<s>", "</s>", "</s>", "metaspace"),
     "ministral": (MINISTRAL, ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"], [], "<s>", "</s>", "</s>", "bytes"),
+    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], [], "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", "bytes"),
+    "smollm2": (SMOLLM2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<repo_name>"], "<|im_start|>", "<|im_end|>", "<|im_end|>", "bytes"),
+}
+REWRITING = {  # as FAMILIES; templates that change what they have written
+    "qwen3": (QWEN3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>", "<think>", "</think>"], None, "<|im_end|>", "<|im_end|>", "bytes"),
 }
 
 
 def make_tokenizer(family: str, template: str | None = None):
     "A small BPE tokenizer of the family's kind, with its control tokens and chat template."
-    rebuilt, control, added, bos, eos, _, style = FAMILIES[family]
+    rebuilt, control, added, bos, eos, _, style = (FAMILIES | REWRITING)[family]
     backend = Tokenizer(models.BPE(byte_fallback=style != "bytes", unk_token=None if style == "bytes" else "<unk>"))
     alphabet = pre_tokenizers.ByteLevel.alphabet() if style == "bytes" else [f"<0x{i:02X}>" for i in range(256)]
     if style == "bytes":
@@ -149,8 +195,9 @@ def _only_added(text: str, kept: set) -> str:
 def make_model(family: str, vocab_size: int, seed: int = 0, **settings):
     "A random-weight model of the family's architecture, small enough for a test."
     import torch
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config
-    kind = {"qwen": Qwen2Config, "gemma": Gemma3TextConfig, "gemma2": Gemma3TextConfig, "mistral": MistralConfig, "ministral": MistralConfig}[family]
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    kind = {"qwen": Qwen2Config, "gemma": Gemma3TextConfig, "gemma2": Gemma3TextConfig, "mistral": MistralConfig, "ministral": MistralConfig,
+            "qwen3": Qwen3Config, "llama3": LlamaConfig, "smollm2": LlamaConfig}[family]
     shape = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, initializer_range=0.2)
     if kind is Gemma3TextConfig: shape |= dict(sliding_window=2048, query_pre_attn_scalar=16)

@@ -1,8 +1,8 @@
 "A world without a simulator, light to import: for what does not depend on one."
 import time
 
-from exprag.collecting import chance_of
-from exprag.environment import play
+from exprag.worlds.collecting import chance_of
+from exprag.world import play
 from exprag.trajectory import FrozenMap, Task
 
 

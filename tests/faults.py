@@ -23,9 +23,9 @@ def killed(code: str,  # of a process, which prints `AT_IT`; it can import what 
     assert process.stdout.readline().strip() == AT_IT
     time.sleep(chance.uniform(0, within))
     os.kill(process.pid, signal.SIGKILL)
-    told = process.communicate()[0]
-    assert process.returncode in (0, -signal.SIGKILL), f"it had failed before it was killed: {told}"  # 0: it was done
-    return told
+    output = process.communicate()[0]
+    assert process.returncode in (0, -signal.SIGKILL), f"it had failed before it was killed: {output}"  # 0: it was done
+    return output
 
 
 def damaged(data: bytes,  # of a file

@@ -26,13 +26,13 @@ QUICK_TYPES = ("find-plant", "find-animal", "find-living-thing", "find-non-livin
 
 def tasks_of(worlds: list[str], count: int) -> list:
     "Quick train tasks of some worlds, `count` of each as far as there are so many, world by world in turn."
-    from exprag.environment import scienceworld_tasks
+    from exprag.worlds.scienceworld import scienceworld_tasks
     pools = []
     for world in worlds:
         if world == "scienceworld":
             pools.append(scienceworld_tasks("train", QUICK_TYPES)[:count])
         else:
-            from exprag.express import GAMES, express_tasks
+            from exprag.worlds.textworld_express import GAMES, express_tasks
             games = [express_tasks(game, "train") for game in GAMES]
             pools.append([t for row in zip(*games) for t in row][:count])
     return [t for row in zip_longest(*pools) for t in row if t is not None]
@@ -40,7 +40,7 @@ def tasks_of(worlds: list[str], count: int) -> list:
 
 def collect_into(store_path: str, log_path: str, plan: dict) -> None:
     "The collector: an episode is acknowledged, with a line on disk, after the store has it."
-    from exprag.collecting import collect
+    from exprag.worlds.collecting import CollectOptions, collect
     from exprag.store import Store
     from exprag.trajectory import Task
     store, log = Store(store_path), open(log_path, "a")
@@ -51,8 +51,8 @@ def collect_into(store_path: str, log_path: str, plan: dict) -> None:
         log.flush()
         os.fsync(log.fileno())
 
-    collect([Task.parse(t) for t in plan["tasks"]], keep, plan["workers"], progress=False, done=store.has_task,
-            timeout=plan["timeout"], attempts=1000, failures=True)
+    collect([Task.parse(t) for t in plan["tasks"]], keep, CollectOptions(
+        workers=plan["workers"], progress=False, done=store.has_task, timeout=plan["timeout"], attempts=1000, failures=True))
 
 
 def victims(mark: str, collector: int) -> dict[str, list[int]]:
@@ -81,10 +81,10 @@ def kill_one(mark: str, collector: int, chance: random.Random) -> str | None:
 
 def pace(worlds: list[str]) -> float:
     "Seconds that the slowest of some worlds takes for a first episode, its start included, on this machine as busy as it is now."
-    from exprag.collecting import collect
+    from exprag.worlds.collecting import CollectOptions, collect
     def one(task):
         began = time.monotonic()
-        assert collect([task], lambda t: None, progress=False, failures=True).kept == 1
+        assert collect([task], lambda t: None, CollectOptions(progress=False, failures=True)).kept == 1
         return time.monotonic() - began
     return max(map(one, tasks_of(worlds, 1)))
 
@@ -130,12 +130,18 @@ def checked(store_path: Path, log_path: Path) -> dict:
                 "twice": len(tasks) - len(set(tasks)) + len(said) - len(set(said))}
 
 
+def player_of(worlds: list[str]):
+    "A player of some worlds, with their experts."
+    from exprag.world import load_world
+    from exprag.worlds.collecting import Player
+    return Player({w.name: (w.environment, w.expert) for w in map(load_world, worlds)})
+
+
 def compared(store_path: Path, count: int | None = None) -> dict:
     "Episodes of the store against the same episodes played undisturbed, here, one after the other."
-    from exprag.collecting import WORLDS, Player
-    from exprag.environment import spread
     from exprag.store import Store
-    player = Player(WORLDS, {})
+    from exprag.world import spread
+    player = player_of(["scienceworld", "textworld-express"])
     with Store(store_path) as store: kept = sorted(store, key=lambda t: t.task)
     sample = kept if count is None else spread(kept, count)
     different = [str(t.task) for t in sample if player.play(t.task).id != t.id]

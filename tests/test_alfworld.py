@@ -1,39 +1,46 @@
-"ALFWorld for real: tasks, games on disk, the engine in its process, its deaths, and two languages."
+"ALFWorld for real: tasks, games on disk, the engine in its process, its deaths, and two dialects."
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.alfworld import (
-    DEV_ROOMS, FOLD_FOLDERS, ALFWorldEnv, EngineProcess, GameError, alfworld_tasks, cache_folder, check_game, data_folder, engine_version, game_path,
-    grammar_of_action, other_words, read_game, speak, unpack_games)
-from exprag.alfworld_engine import reader
-from exprag.alfworld_grammar import first_difference, grammar_of, in_words_of, replay, translate
-from exprag.environment import (
-    ALFWORLD_EASY, ALFWORLD_HARD, ALFWORLD_PANELS, ALFWORLD_TEMPLATES, Environment, SimulatorError, action_templates, fits_template, panel, play, side, spread, step_cap)
-from exprag.trajectory import Step, Task, Trajectory, TrajectoryError, normalise_score
+from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
+from exprag.world import (
+    Environment, SimulatorError, difficulty, in_dialect, load_panel, normalised_score, play, spread,
+    true_fold)
+from exprag.worlds.alfworld import (
+    DEV_ROOMS, EASY_TYPES, FOLD_FOLDERS, HARD_TYPES, PANELS, TEMPLATES, WORLD, ALFWorldEnv,
+    EngineProcess, GameError, alfworld_tasks, cache_folder, check_game, data_folder, engine_version,
+    game_path, grammar_of, grammar_of_action, read_game, replay, translate, translate_action,
+    translate_grammar, unpack_games)
+from exprag.worlds.alfworld_engine import reader
 from worlds import stop
 
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
-TYPES = ALFWORLD_EASY + ALFWORLD_HARD
+TYPES = EASY_TYPES + HARD_TYPES
+
+
+def panel(name): return load_panel("alfworld", name)
 
 
 # -- tasks and panels: neither games nor package
 
 def test_folds_are_the_papers():
     assert [len(alfworld_tasks(fold)) for fold in FOLD_FOLDERS] == [3356, 197, 140, 134]
-    assert {half: sum(side(t.type) == half for t in alfworld_tasks("test")) for half in ("easy", "hard")} == {"easy": 73, "hard": 61}
+    assert {half: sum(difficulty(t) == half for t in alfworld_tasks("test")) for half in ("easy", "hard")} == {"easy": 73, "hard": 61}
     assert {t: len(alfworld_tasks("test", [t])) for t in TYPES} == dict(zip(TYPES, (18, 24, 31, 21, 23, 17)))
     assert {t: len(alfworld_tasks("train", [t])) + len(alfworld_tasks("dev", [t])) for t in TYPES} == dict(zip(TYPES, (308, 790, 650, 533, 459, 813)))
 
@@ -52,25 +59,27 @@ def test_dev_and_test_rooms_are_not_trained_in():
 
 
 def test_panels():
-    assert {name: len(panel(name)) for name in ALFWORLD_PANELS} == {"alfworld-test": 134, "alfworld-test-hard": 61, "alfworld-seen": 140, "alfworld-dev": 39}
-    assert {side(t.type) for t in panel("alfworld-test-hard")} == {"hard"} and {side(t.type) for t in panel("alfworld-dev")} == {"easy"}
-    assert set(panel("alfworld-test").caps.values()) == {50} and set(panel("alfworld-test", cap=100).caps.values()) == {100}
-    assert panel("alfworld-test").settings == {"grammar": "move"} and step_cap(TYPES[0]) == 50
+    assert {name: len(panel(name)) for name in PANELS} == {"test": 134, "test-hard": 61, "seen": 140, "dev": 39}
+    assert {difficulty(t) for t in panel("test-hard")} == {"hard"} and {difficulty(t) for t in panel("dev")} == {"easy"}
+    assert set(panel("test").caps.values()) == {50} and panel("test").name == "alfworld-test"
+    assert panel("test").settings == {"grammar": "move"} and WORLD.step_cap(TYPES[0]) == 50
 
 
 def test_panel_fingerprints_are_pinned():
     "If one changes, results before and after cannot be compared."
-    assert {name: panel(name).fingerprint for name in ALFWORLD_PANELS} == {"alfworld-test": "088f041ecbc05f75", "alfworld-test-hard": "e72481db14d9c44f", "alfworld-seen": "6e7a6240fc75dd70", "alfworld-dev": "d3d2b2ae002d8642"}
-    assert panel("alfworld-test", cap=100).fingerprint == "f94af9ef9a0ec420"
+    assert {name: panel(name).fingerprint for name in PANELS} == {"test": "088f041ecbc05f75", "test-hard": "e72481db14d9c44f", "seen": "6e7a6240fc75dd70", "dev": "d3d2b2ae002d8642"}
+    longer = replace(panel("test"), caps=dict.fromkeys(TYPES, 100))
+    assert longer.fingerprint == "f94af9ef9a0ec420"
 
 
 def test_panels_print_without_every_name():
-    assert len(str(panel("alfworld-test")).splitlines()) == 8 and max(map(len, str(panel("alfworld-test")).splitlines())) < 80
+    lines = str(panel("test")).splitlines()
+    assert len(lines) == 9 and max(map(len, lines)) < 80
 
 
 @pytest.mark.parametrize("make, said", [
     (lambda: alfworld_tasks("valid"), "unknown ALFWorld fold 'valid'"), (lambda: alfworld_tasks("test", ["boil"]), "unknown ALFWorld task type 'boil'"),
-    (lambda: side("pick_and_place"), "did you mean 'pick_and_place_simple'"), (lambda: panel("alfworld"), "did you mean 'alfworld-"),
+    (lambda: difficulty(Task("alfworld", "pick_and_place", "x", "test")), "did you mean 'pick_and_place_simple'"), (lambda: panel("test_hard"), "did you mean 'test-hard'"),
     (lambda: check_game(Task("alfworld", "pick_and_place_simple", "Mug", "test")), "the test fold has 24 of pick_and_place_simple"),
     (lambda: check_game(Task("alfworld", alfworld_tasks("test")[0].type, alfworld_tasks("test")[0].variation, "train")), "this one is in the test fold"),
     (lambda: check_game(Task("scienceworld", "boil", "1", "train")), "unknown world 'scienceworld'"),
@@ -147,13 +156,13 @@ def test_a_file_that_is_no_game(altered, text):
 
 # -- words
 
-def test_languages_of_a_grammar(sample):
+def test_dialects_of_a_grammar(sample):
     grammar = read_game(sample[1][0], sample[0])["grammar"]
     old = grammar.replace("move {o} to {r}", "put {o} in/on {r}").replace("You move the {o.name} to the {r.name}.", "You put the {o.name} in/on the {r.name}.").replace(
         "You arrive at {r.name}.", "You arrive at {lend.name}.").replace("  move (object) to (receptacle):  place", "  put (object) in/on (receptacle):  place")
-    assert old != grammar and speak(old, "move") == grammar == speak(grammar, "move") and speak(old, "put") == speak(grammar, "put") != old
+    assert old != grammar and translate_grammar(old, "move") == grammar == translate_grammar(grammar, "move") and translate_grammar(old, "put") == translate_grammar(grammar, "put") != old
     for bad in ("", grammar + old):
-        with pytest.raises(GameError, match="neither of|both of"): speak(bad, "move")
+        with pytest.raises(GameError, match="neither of|both of"): translate_grammar(bad, "move")
 
 
 @pytest.mark.parametrize("trick", ["__import__('os').system('true')", "o.__class__", "o.name.upper()", "o.name if o else 1", "exec('1')", "o[0]", "f'{o}'", "1", "o.name * 9", "o and o", "(o := 1)", "", "o."])
@@ -165,24 +174,38 @@ names = st.builds("{} {}".format, st.sampled_from(["mug", "desk", "cd", "sinkbas
 
 
 @given(names, names)
-def test_other_words_is_its_own_inverse(a, b):
+def test_translating_an_action_is_its_own_inverse(a, b):
     move, put = f"move {a} to {b}", f"put {a} in/on {b}"
-    assert other_words(move) == put and other_words(put) == move and (grammar_of_action(move), grammar_of_action(put)) == ("move", "put")
+    assert translate_action(move) == put and translate_action(put) == move and (grammar_of_action(move), grammar_of_action(put)) == ("move", "put")
 
 
 @pytest.mark.parametrize("action", ["go to desk 1", "put mug 1 on desk 1", "take mug 1 from desk 1", "", "move", "put x into y", "look"])
 def test_other_actions_are_the_same_in_both(action):
-    assert other_words(action) == action and grammar_of_action(action) is None
+    assert translate_action(action) == action and grammar_of_action(action) is None
 
 
-@pytest.mark.parametrize("language", ["move", "put"])
-def test_templates(language):
-    templates = action_templates("alfworld", {"grammar": language})
-    assert len(templates) == len(ALFWORLD_TEMPLATES) == 14 and ("move OBJ to OBJ" in templates) == (language == "move")
-    assert fits_template("move mug 1 to desk 1", "alfworld") and not fits_template("put mug 1 in/on desk 1", "alfworld")
+@pytest.mark.parametrize("dialect", ["move", "put"])
+def test_templates(dialect):
+    templates = WORLD.action_templates({"grammar": dialect})
+    assert len(templates) == len(TEMPLATES) == 14 and ("move OBJ to OBJ" in templates) == (dialect == "move")
+    for action in ("move mug 1 to desk 1", "put mug 1 in/on desk 1", "put mug 1 on desk 1"): assert WORLD.canonical(action) == "move OBJ to OBJ"
 
 
-# -- episodes in two languages
+def test_the_true_fold_is_that_of_the_list():
+    task = alfworld_tasks("test")[0]
+    assert true_fold(replace(task, fold="train")) == "test" and true_fold(replace(task, variation="made up", fold="dev")) == "dev"
+
+
+@pytest.mark.parametrize("seen, place, taken, left", [
+    ("You arrive at desk 1. On the desk 1, you see a mug 1.", "desk 1", None, None), ("You pick up the mug 1 from the desk 1.", None, "mug 1", None),
+    ("You move the mug 1 to the shelf 2.", None, None, ("mug 1", "shelf 2")), ("You put the mug 1 in/on the shelf 2.", None, None, ("mug 1", "shelf 2")),
+    ("Nothing happens.", None, None, None)])
+def test_state_patterns_match_what_the_engine_says(seen, place, taken, left):
+    found = {name: re.match(rf"\s*(?:{pattern})", seen, re.I) for name, pattern in WORLD.state.items()}
+    assert [found["place"] and found["place"][1], found["taken"] and found["taken"][1], found["left"] and found["left"].groups()] == [place, taken, left]
+
+
+# -- episodes in two dialects
 
 def episode(language: str | None, *turns) -> Trajectory:
     made = Trajectory(alfworld_tasks("train")[0], "Your task is to: look.", "You are in a room.", tuple(Step(*t) for t in turns))
@@ -204,19 +227,18 @@ def test_numbered_places_of_the_old_engine():
     assert grammar_of(episode(None, *old)) == "put" and translate(episode(None, *old), "move") == episode("move", *MOVES)
 
 
-def test_what_cannot_be_told():
-    for turns, said in (((), "no step that tells"), (MOVES[1:3], "no step that tells"), (MOVES[:1] + PUTS[-1:], "both languages \\(steps 1 and 2\\)")):
+def test_a_dialect_that_cannot_be_recognised():
+    for turns, said in (((), "no step that shows"), (MOVES[1:3], "no step that shows"), (MOVES[:1] + PUTS[-1:], "both dialects \\(steps 1 and 2\\)")):
         with pytest.raises(TrajectoryError, match=said): grammar_of(episode(None, *turns))
     with pytest.raises(ValueError, match="unknown grammar .*'new'"): grammar_of(episode("new", *MOVES))
-    with pytest.raises(ValueError, match="world of two languages"): translate(Trajectory(Task("scienceworld", "boil", "1", "train"), "g", "o"), "move")
+    with pytest.raises(ValueError, match="world of two dialects"): translate(Trajectory(Task("scienceworld", "boil", "1", "train"), "g", "o"), "move")
 
 
-def test_experience_meets_a_world():
+def test_experience_is_translated_to_the_dialect_of_its_reader():
     put = episode("put", *PUTS)
-    assert in_words_of(put, {"grammar": "move"}) == episode("move", *MOVES) and in_words_of(put, {"grammar": "put"}) is put
-    with pytest.raises(GameError, match="translate\\(trajectory, 'move'\\)"): in_words_of(put, {"grammar": "move"}, otherwise="refuse")
+    assert in_dialect(put, {"grammar": "move"}) == episode("move", *MOVES) and in_dialect(put, {"grammar": "put"}) is put
     other = Trajectory(Task("scienceworld", "boil", "1", "train"), "g", "o")
-    assert in_words_of(other, {"simplification": "easy"}) is other
+    assert in_dialect(other, {"simplification": "easy"}) is other
 
 
 steps = st.one_of(
@@ -234,17 +256,12 @@ def test_there_and_back_again(turns):
     if any(step[0].startswith("go to") and "arrive" in step[1] for step in turns): assert grammar_of(episode(None, *turns)) == "move"
 
 
-def test_first_difference():
-    a, b = episode("move", *MOVES), episode("move", *MOVES[:2])
-    assert first_difference(a, a) is None and first_difference(a, b)[0] == 3 and first_difference(a, episode("put", *PUTS))[0] == 1
-
-
 # -- without the extra
 
 def test_a_missing_extra_is_named(sample, monkeypatch):
     import importlib.metadata
     def gone(name): raise importlib.metadata.PackageNotFoundError(name)
-    monkeypatch.setattr("exprag.alfworld.version", gone)
+    monkeypatch.setattr("exprag.worlds.alfworld.version", gone)
     with pytest.raises(ImportError, match=r"pip install 'exprag\[alfworld\]'"): ALFWorldEnv(sample[0])
 
 
@@ -258,7 +275,7 @@ def env(sample):
 
 
 def walk(env, task, extra=()) -> Trajectory:
-    return play(env, task, [*extra, *(other_words(a) if env.settings["grammar"] == "put" else a for a in read_game(task, env.data)["walkthrough"])])
+    return play(env, task, [*extra, *(translate_action(a) if env.settings["grammar"] == "put" else a for a in read_game(task, env.data)["walkthrough"])])
 
 
 def test_protocol_and_first_words(env, sample):
@@ -271,8 +288,8 @@ def test_protocol_and_first_words(env, sample):
 def test_walkthroughs_win(env, sample):
     for task in sample[1]:
         made = walk(env, task)
-        assert made.success and made.score == 1 and [s.reward for s in made.steps] == [0] * (len(made) - 1) + [1] and normalise_score("alfworld", made.score) == 1
-        assert all(fits_template(a, "alfworld") for a in made.actions) and made.settings == {"grammar": "move"}
+        assert made.success and made.score == 1 and [s.reward for s in made.steps] == [0] * (len(made) - 1) + [1] and normalised_score(made) == 1
+        assert all(WORLD.canonical(a) in TEMPLATES for a in made.actions) and made.settings == {"grammar": "move"}
     with pytest.raises(RuntimeError, match="is over"): env.step("look")
 
 
@@ -305,7 +322,7 @@ def test_no_state_is_carried_over(env, sample):
 
 
 @pytest.mark.parametrize("foreign, answer", [("answer", "Nothing happens."), ("translate", "You move the cd 3 to the desk 1."), ("refuse", None)])
-def test_an_action_in_the_other_language(env, sample, foreign, answer):
+def test_an_action_in_the_other_dialect(env, sample, foreign, answer):
     with ALFWorldEnv(sample[0], foreign=foreign) as made:
         made.reset(sample[1][0])
         for action in ("go to desk 1", "take cd 3 from desk 1"): made.step(action)
@@ -316,14 +333,14 @@ def test_an_action_in_the_other_language(env, sample, foreign, answer):
         assert (made.settings == {"grammar": "move"}) == (foreign != "translate")
 
 
-def test_a_world_that_speaks_the_old_words(env, sample):
+def test_an_environment_of_the_old_dialect(env, sample):
     with ALFWorldEnv(sample[0], grammar="put") as old:
         for task in sample[1]:
             extra = ["look", "help", "go to nowhere 1", "put mug 1 in/on desk 1", "move mug 1 to desk 1"]
-            here, there = walk(env, task, extra), walk(old, task, [other_words(a) for a in extra])
+            here, there = walk(env, task, extra), walk(old, task, [translate_action(a) for a in extra])
             assert here.success and there.success and translate(here, "put") == there and translate(there, "move") == here
-            with pytest.raises(GameError, match="speaks 'move'"): replay(old, here)
-            assert first_difference(replay(old, there), there) is None
+            with pytest.raises(GameError, match=r"is in the dialect 'move' and the environment in 'put': translate\(trajectory, 'put'\)"): replay(old, here)
+            assert replay(old, there).id == there.id
 
 
 def test_an_unsolvable_problem(env, altered):
@@ -367,7 +384,7 @@ def test_a_game_won_before_it_begins(altered, env):
 TRANSLATIONS = """
 import json, sys
 import fast_downward
-from exprag.alfworld_engine import parsed, sas_text
+from exprag.worlds.alfworld_engine import parsed, sas_text
 for line in sys.stdin:
     domain, problem = json.loads(line)
     ours, theirs = sas_text(parsed(domain, problem)), fast_downward.pddl2sas(domain, problem)[1]
@@ -503,7 +520,7 @@ def test_close_leaves_nothing_and_may_be_called_twice(env, sample):
 
 
 def test_a_killed_python_leaves_no_engine(env, sample):
-    code = (f"import time\nfrom exprag.alfworld import *\nfrom exprag.trajectory import Task\nenv = ALFWorldEnv({str(sample[0])!r})\n"
+    code = (f"import time\nfrom exprag.worlds.alfworld import ALFWorldEnv\nfrom exprag.trajectory import Task\nenv = ALFWorldEnv({str(sample[0])!r})\n"
             f"env.reset(Task.parse({str(sample[1][0])!r}))\nprint(env.engine.process.pid, flush=True)\ntime.sleep(600)")
     python = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     engine = int(python.stdout.readline())
@@ -515,7 +532,7 @@ def test_a_killed_python_leaves_no_engine(env, sample):
 
 
 def test_nothing_of_the_engine_is_imported_here(env, sample):
-    code = (f"import sys\nfrom exprag.alfworld import *\nfrom exprag.trajectory import Task\nwith ALFWorldEnv({str(sample[0])!r}) as env: env.reset(Task.parse({str(sample[1][0])!r}))\n"
+    code = (f"import sys\nfrom exprag.worlds.alfworld import ALFWorldEnv\nfrom exprag.trajectory import Task\nwith ALFWorldEnv({str(sample[0])!r}) as env: env.reset(Task.parse({str(sample[1][0])!r}))\n"
             "print([m for m in ('textworld', 'alfworld', 'fast_downward', 'pickle') if m in sys.modules and m != 'pickle'])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
@@ -524,8 +541,8 @@ def test_nothing_of_the_engine_is_imported_here(env, sample):
 
 PROGRAM = """
 import json, random, sys
-from exprag.alfworld import ALFWorldEnv, read_game
-from exprag.environment import play
+from exprag.worlds.alfworld import ALFWorldEnv, read_game
+from exprag.world import play
 from exprag.trajectory import Task
 found = {}
 with ALFWorldEnv(sys.argv[1]) as env:
@@ -585,7 +602,7 @@ def test_same_text_as_the_package(env, sample):
 
 def test_replay_of_all_evaluation_games_is_on_record():
     rows = json.loads((NBS / "data" / "alfworld_replay.json").read_text())
-    assert {Task.parse(r["task"]) for r in rows} == {*panel("alfworld-test"), *panel("alfworld-seen")} and len(rows) == 274
+    assert {Task.parse(r["task"]) for r in rows} == {*panel("test"), *panel("seen")} and len(rows) == 274
     assert all(r["won"] and r["same"] and r["steps"] <= 50 for r in rows)
 
 
@@ -643,3 +660,11 @@ def test_fifty_random_tasks_in_two_processes_and_orders(whole):
 @pytest.mark.slow
 def test_random_walks_as_the_package(whole):
     for seed, task in enumerate(spread(alfworld_tasks("test"), 12)): as_the_package_says(whole, task, seed, 40)
+
+
+def test_trials_of_one_goal_in_one_room_are_alike():
+    "The hard games of the unseen fold: 61 games, 22 goals, and four rooms, too few to test over."
+    hard, group_of = alfworld_tasks("test", HARD_TYPES), WORLD.group_of
+    groups = {(t.type, group_of(t)) for t in hard}
+    assert len(hard) == 61 and len(groups) == 22
+    assert group_of(hard[0]) in hard[0].variation and {g.rsplit("-", 1)[1] for _, g in groups} == {"10", "219", "308", "424"}

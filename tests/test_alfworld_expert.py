@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.alfworld import alfworld_tasks
-from exprag.alfworld_expert import (APPLIANCES, GOALS, ORDERS, SEARCH_VERSION, Goal, GoalError, Searcher, chance, cost, learn_priors, parse_goal,
-                                    priors, read_contents, read_room, retrace, search_expert, walkthrough)
-from exprag.environment import ALFWORLD_EASY, ALFWORLD_HARD, spread
-from exprag.trajectory import Task, Trajectory, trajectory_from_dict
+from exprag.trajectory import Task, Trajectory
+from exprag.world import spread
+from exprag.worlds.alfworld import EASY_TYPES, HARD_TYPES, alfworld_tasks
+from exprag.worlds.alfworld_expert import (
+    APPLIANCES, GOALS, ORDERS, SEARCH_VERSION, Goal, GoalError, Searcher, chance, cost, learn_priors,
+    parse_goal, priors, read_contents, read_room, retrace, search_expert, walkthrough)
 
 RECORD = Path(__file__).resolve().parents[1] / "nbs" / "data" / "alfworld_expert.json"
 SENTENCES = {
@@ -48,7 +49,7 @@ class House:
     def info(self): return {"goal": self.sentence, "score": float(self.won()), "success": self.won(), "steps": self.steps}
     def near(self, place): return place in self.contents and self.at is not None and self.beside.get(place, place) == self.beside.get(self.at, self.at)
 
-    def told(self, place):
+    def look(self, place):
         if place in self.closed: return f"The {place} is closed."
         things = ", ".join(f"a {thing}" for thing in self.contents[place]) or "nothing"
         return f"The {place} is open. In it, you see {things}." if place in self.shut else f"On the {place}, you see {things}."
@@ -63,11 +64,11 @@ class House:
         verb, first, last = words[0], names[0], names[-1]
         if verb == "go" and first in self.contents and not self.near(first):
             self.at = first
-            return f"You arrive at {first}. {self.told(first)}"
-        if verb == "examine" and self.near(first): return self.told(first)
+            return f"You arrive at {first}. {self.look(first)}"
+        if verb == "examine" and self.near(first): return self.look(first)
         if verb == "open" and self.near(first) and first in self.closed:
             self.closed.discard(first)
-            return f"You open the {first}. {self.told(first)}"
+            return f"You open the {first}. {self.look(first)}"
         if verb == "take" and self.near(last) and last not in self.closed and first in self.contents[last] and self.hand is None:
             self.contents[last].remove(first)
             self.hand = first
@@ -206,7 +207,7 @@ def test_failures_are_kept_and_marked():
     capped = search_expert(hidden, TASK, cap=5, order="alphabetical")
     assert (len(capped), capped.success, capped.provenance["ended"]) == (5, False, "cap")
     assert dict(capped.provenance) == {"actor": "search", "version": SEARCH_VERSION, "cap": 5, "order": "alphabetical", "ended": "cap"}
-    assert trajectory_from_dict(capped.to_dict()) == capped
+    assert Trajectory.from_dict(capped.to_dict()) == capped
 
 
 def test_an_unknown_order_is_refused():
@@ -221,7 +222,7 @@ def test_two_things_go_to_one_place():
 
 # -- saved episodes
 
-def saved() -> list[Trajectory]: return [trajectory_from_dict(record) for record in json.loads(RECORD.read_text())["episodes"]]
+def saved() -> list[Trajectory]: return [Trajectory.from_dict(record) for record in json.loads(RECORD.read_text())["episodes"]]
 
 
 def test_saved_searches_follow_from_their_text_and_walkthroughs_do_not():
@@ -256,13 +257,13 @@ class Blind:
 def env():
     if not os.environ.get("ALFWORLD_DATA"): pytest.skip("needs ALFWORLD_DATA, the folder of the games")
     pytest.importorskip("textworld.envs.pddl", reason="needs exprag[alfworld]")
-    from exprag.alfworld import ALFWorldEnv
+    from exprag.worlds.alfworld import ALFWorldEnv
     with ALFWorldEnv() as made: yield made
 
 
 def some(fold: str, each: int) -> list[Task]:
     "A few games of each type, evenly spread."
-    return [task for kind in ALFWORLD_EASY + ALFWORLD_HARD for task in spread(alfworld_tasks(fold, [kind]), each)]
+    return [task for kind in EASY_TYPES + HARD_TYPES for task in spread(alfworld_tasks(fold, [kind]), each)]
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +292,7 @@ def test_the_searcher_is_handed_strings_and_nothing_else(env, monkeypatch):
     assert handed and all(isinstance(value, str) or value in ORDERS.values() for value in handed)
 
 
-def test_walkthroughs_win_and_say_that_they_knew(env):
+def test_walkthroughs_win_and_are_marked_as_privileged(env):
     for task in some("test", 1)[::3]:
         made = walkthrough(env, task)
         assert made.success and made.provenance["privileged"] and made.provenance["actor"] == "walkthrough" and made.world_version == made.provenance["version"]
@@ -302,8 +303,8 @@ def test_a_cap_that_is_too_small_is_a_kept_failure(env):
     assert (len(made), made.success, made.score, made.provenance["ended"]) == (3, False, 0, "cap")
 
 
-def test_the_old_language_is_spoken_where_the_world_speaks_it(env, blind):
-    from exprag.alfworld import ALFWorldEnv
+def test_the_old_dialect_is_used_in_an_environment_of_it(env, blind):
+    from exprag.worlds.alfworld import ALFWorldEnv
     task = some("test", 1)[1]
     with ALFWorldEnv(grammar="put") as old: made = search_expert(old, task)
     new = blind[task]
@@ -322,6 +323,6 @@ def test_at_least_98_percent_are_won_within_100_steps(env, fold):
 
 @pytest.mark.slow
 def test_the_priors_are_those_of_the_train_fold(env):
-    from exprag.alfworld import read_game
+    from exprag.worlds.alfworld import read_game
     learnt = learn_priors(read_game(task)["pddl_problem"] for task in alfworld_tasks("train"))
     assert learnt["found"] == priors()["found"] and learnt["closed"] == priors()["closed"]

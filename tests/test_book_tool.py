@@ -39,8 +39,19 @@ SHOP = [
     "    'Sell a `Record`.'\n    return Record(name)",
     "sell('x')",
 ]
+BOX = [
+    "#| default_exp worlds.box",
+    ("# Box\n> A box holds a record.\n\nIt needs a [record](../00_record.ipynb).",),
+    "#| export\nimport os\nimport sys\nfrom fastcore.basics import patch\nfrom toybook.record import Record",
+    "#| export\nclass Box:\n    'Holds one `Record`.'\n    held: Record | None = None",
+    "#| export\n@patch\ndef put(self: Box, record: Record  # what to hold\n       ) -> Box:  # itself\n"
+    "    'Hold a record.'\n    self.held = record\n    return self",
+    "from pathlib import Path",
+    "assert Path('../00_record.ipynb').exists()  # a chapter runs in its own folder\nBox().put(Record('b')).held",
+]
+OVERVIEW = [("# Worlds\n> A part.\n\n[Box](00_box.ipynb), back to [the index](../index.ipynb)",)]
 INDEX = [
-    ("# toybook\n> A toy.\n\n[Record](00_record.ipynb), [Shop](01_shop.ipynb)",),
+    ("# toybook\n> A toy.\n\n[Record](00_record.ipynb), [Shop](01_shop.ipynb), [Worlds](worlds/index.ipynb)",),
     "from toybook.shop import sell",
     "sell('y')",
 ]
@@ -54,16 +65,17 @@ def write_notebook(path: Path, cells: list) -> Path:
         extra = {"outputs": [], "execution_count": number} if kind == "code" else {}
         made.append({"cell_type": kind, "id": f"editor{number}", "metadata": {"tags": []}, "source": text, **extra})
     notebook = {"cells": made, "metadata": {"vendor": {}}, "nbformat": 4, "nbformat_minor": 5}
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(notebook), encoding="utf-8")
     return path
 
 
 def make_book(root: Path) -> Book:
-    """A book of two chapters and an index, exported, not yet run."""
+    """A book of two chapters, a part with one, and an index, exported, not yet run."""
     (root / "nbs").mkdir(parents=True)
     (root / "toybook").mkdir()
     (root / "settings.ini").write_text(SETTINGS, encoding="utf-8")
-    for name, cells in (("00_record", RECORD), ("01_shop", SHOP), ("index", INDEX)):
+    for name, cells in (("00_record", RECORD), ("01_shop", SHOP), ("worlds/00_box", BOX), ("worlds/index", OVERVIEW), ("index", INDEX)):
         write_notebook(root / "nbs" / f"{name}.ipynb", cells)
     exporting.export(Book(root))
     return Book(root)
@@ -117,9 +129,9 @@ class TestRun:
 
     def test_a_slow_cell_keeps_its_output_and_runs_on_request(self, run_book, toy):
         assert "slow" not in outputs(run_book, "00_record")
-        running.run(toy, ["00"], slow=True, say=quiet)
+        running.run(toy, ["record"], slow=True, say=quiet)
         assert "slow" in outputs(toy, "00_record")
-        running.run(toy, ["00"], say=quiet)
+        running.run(toy, ["record"], say=quiet)
         assert "slow" in outputs(toy, "00_record")
 
     def test_a_failing_cell_is_reported_and_nothing_is_saved(self, toy):
@@ -197,31 +209,48 @@ class TestExport:
 class TestRules:
     def test_the_made_up_book_is_clean_once_run(self, run_book):
         complaints = checking.check(run_book)
-        assert complaints.pop("shape") == ["01_shop shows no figure."]
+        assert complaints.pop("shape") == ["01_shop shows no figure.", "worlds/00_box shows no figure."]
         assert not any(complaints.values()), complaints
 
     def test_saved_outputs_that_no_longer_hold(self, toy):
-        (toy.nbs / "00_record.ipynb").unlink()
+        (toy.nbs / "00_record.ipynb").unlink(), (toy.nbs / "worlds" / "00_box.ipynb").unlink()
         running.run(toy, [], say=quiet)
         path = toy.nbs / "01_shop.ipynb"
         path.write_text(path.read_text(encoding="utf-8").replace("size=100", "size=7"), encoding="utf-8")
         (complaint,) = checking.outputs_fresh(toy)
         assert complaint.startswith("01_shop shows other outputs")
 
-    @pytest.mark.parametrize("cell", ["from toybook.shop import sell", "import toybook.shop", "from toybook import shop",
-                                      "#| export\ndef late():\n    from toybook.shop import sell\n    return sell"])
-    def test_importing_a_later_chapter(self, toy, cell):
-        write_notebook(toy.nbs / "00_record.ipynb", [*RECORD, cell])
-        (complaint,) = checking.chapter_order(toy)
-        assert complaint == "00_record, cell 13 imports toybook.shop, a later chapter."
+    @pytest.mark.parametrize("code", ["from toybook.shop import sell", "import toybook.shop", "from toybook import shop",
+                                      "from toybook.worlds.box import Box", "def late():\n    from toybook.worlds.box import Box\n    return Box"])
+    def test_the_core_imports_earlier_chapters_only(self, toy, code):
+        write_notebook(toy.nbs / "00_record.ipynb", [*RECORD, f"#| export\n{code}"])
+        complaint = checking.layers(toy)[0]
+        assert complaint.startswith("00_record, cell 13 imports toybook.") and "earlier core chapters and no part" in complaint
 
-    def test_importing_oneself(self, toy):
-        write_notebook(toy.nbs / "01_shop.ipynb", [*SHOP, "from toybook.shop import sell"])
-        assert checking.chapter_order(toy) == ["01_shop, cell 5 imports toybook.shop, itself."]
+    def test_an_example_may_import_anything(self, toy):
+        write_notebook(toy.nbs / "00_record.ipynb", [*RECORD, "from toybook.worlds.box import Box"])
+        assert checking.layers(toy) == []
+
+    def test_parts_that_import_each_other_or_a_study(self, toy):
+        write_notebook(toy.nbs / "memory" / "00_bag.ipynb", ["#| default_exp memory.bag", ("# Bag\n> So.",),
+                                                             "#| export\nfrom toybook.worlds.box import Box", "#| export\ndef bag(): return Box()"])
+        assert checking.layers(toy) == []
+        write_notebook(toy.nbs / "worlds" / "00_box.ipynb", [*BOX, "#| export\ndef late():\n    from toybook.memory.bag import bag\n    return bag"])
+        assert checking.layers(toy) == ["these modules import each other in a circle: memory.bag -> worlds.box -> memory.bag."]
+        write_notebook(toy.nbs / "studies" / "00_find.ipynb", ["#| default_exp studies.find", ("# Find\n> So.",), "#| export\ndef find(): return 1"])
+        write_notebook(toy.nbs / "worlds" / "00_box.ipynb", [*BOX, "#| export\nfrom toybook.studies.find import find"])
+        assert any("only studies import studies" in line for line in checking.layers(toy))
 
     def test_relative_import(self, toy):
         write_notebook(toy.nbs / "01_shop.ipynb", [*SHOP, "from .record import Record"])
-        assert "write `from toybook.module import name`" in checking.chapter_order(toy)[0]
+        assert "write `from toybook.module import name`" in checking.layers(toy)[0]
+
+    def test_long_lines_and_many_parameters(self, toy):
+        many = ", ".join("abcdefgh")
+        add(toy, "02_wide", f"#| export\ndef wide({many}):\n    return {'1 + ' * 30}1", f"x = '{'y' * 90}'")
+        complaints = "\n".join(checking.sizes(toy))
+        for word in ("wide has 8 parameters, more than 7", "more than 100: return 1 + 1", "more than 88: x = 'yyy"):
+            assert word in complaints
 
     def test_imports_mixed_with_code(self, toy):
         add(toy, "02_mixed", "import os\nprint(os.sep)", "from math import *")
@@ -233,7 +262,7 @@ class TestRules:
         two_in_one = "#| export\ndef f():\n    pass\ndef g():\n    pass"
         add(toy, "02_long", f"#| export\ndef long():\n{body}", two_in_one, f"def own():\n{body}")
         long, two = checking.sizes(toy)
-        assert "cell 2: long has 36 lines" in long and "cell 3 defines f, g" in two
+        assert f"cell 2: long has {checking.FUNCTION_LINES + 1} lines" in long and "cell 3 defines f, g" in two
 
     def test_long_chapters(self, toy):
         add(toy, "02_many", *["pass"] * checking.CELLS)
@@ -247,10 +276,13 @@ class TestRules:
 
     def test_a_chapter_that_the_index_forgets(self, toy):
         add(toy, "02_new")
-        assert "index does not list 02_new." in checking.shape(toy)
+        assert "index does not list 02_new.ipynb." in checking.shape(toy)
+        add(toy, "03_newer")
+        write_notebook(toy.nbs / "worlds" / "01_bag.ipynb", ["#| default_exp worlds.bag", ("# Bag\n> So.",)])
+        assert "worlds/index does not list 01_bag.ipynb." in checking.shape(toy)
 
     def test_unclean_notebook(self, toy):
-        assert len(checking.notebooks_clean(toy)) == 3
+        assert len(checking.notebooks_clean(toy)) == 5
         notebooks.clean(toy.paths())
         assert checking.notebooks_clean(toy) == []
 
@@ -307,6 +339,15 @@ class TestSite:
         shop = (site / "api" / "shop.html").read_text(encoding="utf-8")
         assert "**options" in shop and "none so far" in shop and "what was sold" in shop
 
+    def test_a_part_is_a_folder_of_pages_with_an_overview(self, site):
+        page = (site / "worlds" / "box.html").read_text(encoding="utf-8")
+        assert 'href="../record.html"' in page and 'id="toybook.worlds.box.Box.put"' in page
+        assert 'href="../record.html#toybook.record.Record"' in (site / "api" / "worlds" / "box.html").read_text(encoding="utf-8").replace("../../", "../")
+        assert "Hold a record." in (site / "api" / "worlds" / "box.html").read_text(encoding="utf-8"), "a patched method is its class's"
+        assert "hide" in page, "a long cell of imports is folded"
+        index = (site / "index.html").read_text(encoding="utf-8")
+        assert 'href="worlds/index.html"' in index and "Parts" in index and 'href="box.html"' in (site / "worlds" / "index.html").read_text(encoding="utf-8")
+
     def test_is_searchable_and_whole_without_a_network(self, site):
         assert "sell" in (site / "searchindex.js").read_text(encoding="utf-8")
         assert rendering.broken_links(site) == []
@@ -323,7 +364,7 @@ class TestSite:
         assert not (toy.root / "_docs").exists()
 
 
-@pytest.mark.parametrize("arguments, word", [(["run", "nonsense"], "There are: 00_record, 01_shop, index."),
+@pytest.mark.parametrize("arguments, word", [(["run", "nonsense"], "There are: 00_record, 01_shop, worlds/00_box, worlds/index, index."),
                                              (["check", "--rules", "nonsense"], "no rule is called")])
 def test_the_command_line_says_what_is_wrong(toy, arguments, word):
     command = [sys.executable, str(TOOL), "--root", str(toy.root), *arguments]

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from exprag.collecting import (WORLDS, CollectError, CollectReport, Player, Rota, World, collect, make_environment, world_expert)
-from exprag.environment import Environment, SimulatorError, play, scienceworld_tasks
-from exprag.expert import attempted, expert
+from counting import Count, by_chance, counted, counts, fails, slowly
+from exprag import world
 from exprag.store import Store
 from exprag.trajectory import Task, Trajectory, read_jsonl, write_jsonl
-from counting import Count, by_chance, counted, counts, fails, slowly
-from killing import compared, harass, pace
+from exprag.world import SimulatorError, World, load_world, play, register_world
+from exprag.worlds.collecting import (
+    CollectError, CollectOptions, CollectReport, Player, Schedule, collect)
+from exprag.worlds.scienceworld import scienceworld_tasks
+from exprag.worlds.scienceworld_expert import expert
+from killing import compared, harass, pace, player_of
 from worlds import MARK, QUICK, gone, java_children, marked
 
 FAILING = Task("scienceworld", "freeze", 11, "train")
@@ -36,7 +39,12 @@ def nothing_is_left(monkeypatch):
     assert gone(mark), f"left behind: {marked(mark)}"
 
 
-quick = partial(collect, env_factory=Count, progress=False)
+def collected(tasks, sink, **options):
+    return collect(tasks, sink, CollectOptions(progress=False, **options))
+
+
+def quick(tasks, sink, workers, run, **more):
+    return collected(tasks, sink, workers=workers, run=run, env_factory=Count, **more)
 
 
 def test_the_set_does_not_depend_on_workers_or_order():
@@ -112,8 +120,16 @@ def test_what_a_world_prints_does_no_harm():
 
 def test_nothing_to_do_and_bad_arguments():
     assert collect([], print) == CollectReport(0, 0, (), 0)
-    for bad, error, said in (((counts(1), print, 0), ValueError, "workers is 0"), ((counts(1), [], 1), TypeError, "a list's `append`"), ((counts(1), print), ValueError, "unknown world 'count'")):
-        with pytest.raises(error, match=said): collect(*bad, progress=False)
+    with pytest.raises(ValueError, match="workers is 0"): CollectOptions(workers=0)
+    with pytest.raises(TypeError, match="a list's `append`"): collected(counts(1), [])
+    with pytest.raises(ValueError, match="world 'count' is not known"): collected(counts(1), print)
+
+
+def test_a_world_without_an_expert_needs_a_run(monkeypatch):
+    monkeypatch.setattr(world, "_REGISTERED", {})
+    register_world(World("count", environment=Count))
+    with pytest.raises(ValueError, match="'count' has no environment or no expert: give CollectOptions"): collected(counts(1), print)
+    assert collected(counts(1), [].append, run=counted).kept == 1
 
 
 def test_a_worker_that_ends_is_replaced(tmp_path):
@@ -150,7 +166,7 @@ def test_what_always_kills_is_given_up_with_the_reason(tmp_path):
     report = quick(counts(5), made.append, 2, deadly, attempts=2, timeout=2)
     assert report.kept == 2 and report.restarted == 6
     reasons = {t.variation: reason for t, reason in report.failed}
-    assert reasons["1"] == "2 worlds died or hung; the last: its process ended; its last words: out of memory, or so"
+    assert reasons["1"] == "2 worlds died or hung; the last: its process ended; its last output: out of memory, or so"
     assert reasons["2"].endswith("it took more than 2 s") and reasons["3"].endswith("the simulator died")
 
 
@@ -159,9 +175,9 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may have had Ctrl-C ignored
 from functools import partial
 sys.path.insert(0, sys.argv[1])
-from exprag.collecting import collect
+from exprag.worlds.collecting import CollectOptions, collect
 from counting import Count, counts, slowly
-collect(counts(60), lambda t: print(t.task.variation, flush=True), 2, partial(slowly, seconds=300), progress=False, env_factory=Count)
+collect(counts(60), lambda t: print(t.task.variation, flush=True), CollectOptions(2, partial(slowly, seconds=300), progress=False, env_factory=Count))
 """
 
 
@@ -190,59 +206,62 @@ def test_a_ctrl_c_that_comes_while_nobody_waits_is_not_lost():
 
 def test_a_script_without_a_main_guard_works(tmp_path):
     "A start method that imports the main module again would start workers in workers."
-    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom counting import Count, counts\nfrom exprag.collecting import collect\n"
-                                        "from exprag.environment import play\ndef mine(env, task): return play(env, task, ['on'] * 3)\nprint(collect(counts(3), lambda t: None, 2, mine, False, env_factory=Count).kept)\n")
-    assert subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout == "3\n"
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from counting import Count, counts
+from exprag.world import play
+from exprag.worlds.collecting import CollectOptions, collect
+def mine(env, task): return play(env, task, ["on"] * 3)
+print(collect(counts(3), lambda t: None, CollectOptions(2, mine, Count, progress=False)).kept)
+"""
+    (tmp_path / "script.py").write_text(code)
+    assert subprocess.run([sys.executable, "script.py", str(Path(__file__).parent)], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout == "3\n"
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 4), st.randoms())
-def test_rota_hands_out_each_task_once_and_keeps_to_worlds(worlds, workers, chance):
+def test_schedule_hands_out_each_task_once_and_keeps_to_worlds(worlds, workers, chance):
     tasks = [Task(w, "t", n, "train") for n, w in enumerate(worlds)]
-    rota, at, taken, changes = Rota(tasks), [None] * workers, [], 0
+    schedule, at, taken, changes = Schedule(tasks), [None] * workers, [], 0
     busy = set(range(workers))
     while busy:
         n = chance.choice(sorted(busy))
-        task = rota.take(at[n])
+        task = schedule.take(at[n])
         if task is None: busy.discard(n)
         else:
             changes += at[n] not in (None, task.world)
-            if at[n] not in (None, task.world): assert not rota.waiting[at[n]]
+            if at[n] not in (None, task.world): assert not schedule.waiting[at[n]]
             at[n] = task.world
             taken.append(task)
     assert sorted(taken) == sorted(tasks) and changes <= workers * max(0, len(set(worlds)) - 1)
     for w in set(worlds): assert [t for t in taken if t.world == w] == [t for t in tasks if t.world == w]
 
 
-def test_rota_spreads_workers_over_worlds():
-    rota = Rota([Task(w, "t", n, "train") for w in ("a", "b", "c") for n in range(4)])
-    assert {rota.take(None).world for _ in range(3)} == {"a", "b", "c"}
+def test_schedule_spreads_workers_over_worlds():
+    schedule = Schedule([Task(w, "t", n, "train") for w in ("a", "b", "c") for n in range(4)])
+    assert {schedule.take(None).world for _ in range(3)} == {"a", "b", "c"}
 
 
 def test_several_worlds_side_by_side(monkeypatch):
-    monkeypatch.setitem(WORLDS, "count", World(Count, counted))
-    monkeypatch.setitem(WORLDS, "tally", World(Count, slowly))
+    monkeypatch.setattr(world, "_REGISTERED", {})
+    register_world(World("count", environment=Count, expert=counted))
+    register_world(World("tally", environment=Count, expert=slowly))
     made, mixed = [], [t for pair in zip(counts(5), counts(5, "tally")) for t in pair]
-    assert collect(mixed, made.append, 2, progress=False).kept == 10 and {t.task for t in made} == set(mixed)
-    assert sorted(t.task for t in made) == sorted(mixed) and isinstance(make_environment("count"), Environment)
+    assert collected(mixed, made.append, workers=2).kept == 10 and {t.task for t in made} == set(mixed)
+    assert sorted(t.task for t in made) == sorted(mixed)
 
 
 # -- ScienceWorld
 
-def test_registry():
-    assert set(WORLDS) >= {"scienceworld", "alfworld", "textworld-express"}
-    assert make_environment("scienceworld", simplification="").settings == {"simplification": ""} and world_expert("scienceworld").func is attempted
-    with pytest.raises(ValueError, match="did you mean 'alfworld'"): world_expert("alfword")
-
-
 def test_scienceworld_does_not_depend_on_workers_and_resumes(tmp_path):
     before, alone, path = java_children(), [], tmp_path / "kept.jsonl"
-    assert collect(some_tasks()[:2], alone.append, progress=False) == CollectReport(2, 0, (), 0)
+    assert collected(some_tasks()[:2], alone.append) == CollectReport(2, 0, (), 0)
     write_jsonl(alone, path)
     again = {t.task: t for t in read_jsonl(path)[0]}
-    second = collect([*some_tasks()[::-1], FAILING], lambda t: again.setdefault(t.task, t), 2, done=again.__contains__, progress=False, failures=True)
+    second = collected([*some_tasks()[::-1], FAILING], lambda t: again.setdefault(t.task, t), workers=2, done=again.__contains__, failures=True)
     assert (second.kept, second.skipped, second.failed) == (3, 2, ()) and set(again) == {*some_tasks(), FAILING} and again[FAILING].success is False
-    player = Player(WORLDS, {})
+    player = player_of(["scienceworld"])
     assert [player.play(t).id for t in some_tasks()] == [again[t].id for t in some_tasks()]
     player.close()
     assert java_children() == before
@@ -256,12 +275,12 @@ def test_a_simulator_that_is_killed_is_replaced_with_its_episode(tmp_path):
             os.kill(env._process.pid, signal.SIGKILL)
         return expert(env, t)
     made = []
-    assert collect(some_tasks()[:2], made.append, run=dies_once, progress=False) == CollectReport(2, 0, (), 1)
+    assert collected(some_tasks()[:2], made.append, run=dies_once) == CollectReport(2, 0, (), 1)
 
 
 def test_settings_reach_the_world():
     made = []
-    collect([QUICK], made.append, progress=False, failures=True, settings={"scienceworld": {"simplification": ""}})
+    collected([QUICK], made.append, failures=True, settings={"scienceworld": {"simplification": ""}})
     assert made[0].settings == {"simplification": ""}
 
 
@@ -293,12 +312,12 @@ def test_ten_minutes_of_killing(tmp_path):
 def opening(env, task) -> Trajectory:
     "The first 25 actions of the expert's path."
     if task.world == "scienceworld":
-        from exprag.environment import gold_path
+        from exprag.worlds.scienceworld import gold_path
         return play(env, task, gold_path(env, task)[:25])
     if task.world == "alfworld":
-        from exprag.alfworld_expert import walkthrough
+        from exprag.worlds.alfworld_expert import walkthrough
         return play(env, task, walkthrough(env, task).actions[:25])
-    from exprag.express import gold_path
+    from exprag.worlds.textworld_express import gold_path
     return play(env, task, gold_path(env, task)[:25])
 
 
@@ -306,16 +325,16 @@ def random_tasks(world: str, count: int) -> list[Task]:
     chance = random.Random(f"determinism/{world}")
     if world == "scienceworld": return chance.sample([t for fold in ("train", "dev", "test") for t in scienceworld_tasks(fold)], count)
     if world == "alfworld":
-        from exprag.alfworld import alfworld_tasks
+        from exprag.worlds.alfworld import alfworld_tasks
         return chance.sample([t for fold in ("seen", "test") for t in alfworld_tasks(fold)], count)
-    from exprag.express import GAMES, express_tasks
+    from exprag.worlds.textworld_express import GAMES, express_tasks
     return chance.sample([t for game in GAMES for fold in ("train", "dev", "test") for t in express_tasks(game, fold)], count)
 
 
 def transcripts(tasks: list[Task], workers: int) -> dict[str, str]:
     "Task -> hash of its episode's content."
     made = []
-    report = collect(tasks, made.append, workers, opening, progress=False)
+    report = collected(tasks, made.append, workers=workers, run=opening)
     assert report.kept == len(tasks) and not report.failed
     return {str(t.task): t.id for t in made}
 
@@ -325,7 +344,7 @@ def same_everywhere(world: str, count: int):
     first = transcripts(tasks, 1)
     other = transcripts(tasks[::-1], 2)  # other processes, another order, another number of workers
     assert [name for name, id in sorted(other.items()) if first[name] != id] == [] and len(other) == len(first)
-    player = Player({world: World(WORLDS[world].environment, opening)}, {})
+    player = Player({world: (load_world(world).environment, opening)})
     here = {str(t): player.play(t).id for t in sorted(tasks)}  # this process, a third order
     player.close()
     assert [name for name, id in here.items() if first[name] != id] == []

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from exprag.cli import MENDABLE, build_parser, main, run_demo
+from exprag.demo import CONTROLS, FIVE
+from exprag.cli import EXPECTED, build_parser, main
 
 SAMPLE = Path(__file__).parents[1] / "nbs" / "data" / "sample.jsonl"
 
@@ -54,6 +55,7 @@ def test_a_broken_line_is_named_and_the_rest_goes_in(tmp_path, capsys):
     (["--wide", "--seed", "7"], "wide", "runs/demo-wide", {"seed": 7}),
     (["--panel", "test-hard", "--constrain"], "demo", "runs/demo", {"panel": "test-hard", "constrain": "templates"}),
     (["--wide", "--panel", "demo", "--out", "x"], "wide", "x", {"panel": "demo"}),
+    (["--controls"], "demo", "runs/demo", {"conditions": (*FIVE, *CONTROLS)}),
 ])
 def test_the_options_of_the_demo_choose_a_plan_and_a_place(arguments, name, out, changed, tmp_path, monkeypatch):
     import exprag.demo
@@ -64,8 +66,24 @@ def test_the_options_of_the_demo_choose_a_plan_and_a_place(arguments, name, out,
         Path(place, "table.txt").write_text("")
     monkeypatch.setattr(exprag.demo, "demo", written)
     monkeypatch.chdir(tmp_path)
-    run_demo(build_parser().parse_args(["demo", *arguments]))
+    assert main(["demo", *arguments]) == 0
     assert asked == [(out, replace(exprag.demo.PLANS[name], **changed))]
+
+
+def test_progress_tracking_is_a_plan_and_a_place_of_its_own(tmp_path, monkeypatch):
+    import exprag.demo
+    asked = []
+    monkeypatch.setattr(exprag.demo, "demo", lambda place, plan, *rest: asked.append((str(place), plan)) or Path(place).mkdir(parents=True) or Path(place, "table.txt").write_text(""))
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--quick", "--track-progress", "--controls"]) == 0
+    (place, plan), = asked
+    assert place == "runs/demo-quick-tracked" and plan.track_progress and plan.conditions == (*FIVE, *CONTROLS, exprag.demo.TRACKED_REPLAY)
+
+
+def test_the_help_says_how_many_conditions_there_are(capsys):
+    with pytest.raises(SystemExit): build_parser().parse_args(["demo", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "eight conditions instead of five" in said and "nine with --track-" in said  # argparse breaks lines at hyphens
 
 
 def test_a_demo_is_quick_or_wide_but_not_both(capsys):
@@ -78,7 +96,7 @@ def test_a_demo_is_quick_or_wide_but_not_both(capsys):
 def test_every_command_shows_where_an_error_came_from_when_asked(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(command) == 1 and "Traceback" not in (said := capsys.readouterr().err) and said.startswith("exprag: ")
-    with pytest.raises(MENDABLE): main([*command, "--traceback"])
+    with pytest.raises(EXPECTED): main([*command, "--traceback"])
 
 
 @pytest.mark.parametrize("error, said", [
@@ -89,5 +107,5 @@ def test_every_command_shows_where_an_error_came_from_when_asked(command, tmp_pa
 ])
 def test_an_error_says_more_than_a_bare_word(error, said, monkeypatch, capsys):
     def broken(*_): raise error
-    monkeypatch.setattr("exprag.cli.run_doctor", broken)
+    monkeypatch.setattr("exprag.cli._run_doctor", broken)
     assert main(["doctor", "--store", "x"]) == 1 and capsys.readouterr().err == said + "\n"

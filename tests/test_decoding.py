@@ -7,7 +7,9 @@ from chat_models import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.decoding import SingleEngine, SlotCache, SlotEngine, faithful, fastest_engine, fits, shared
+from exprag.agent import PolicyError
+from exprag.models.decoding import (
+    SingleEngine, SlotCache, SlotEngine, common_prefix, fastest_engine, fits_template, matches_model)
 
 
 @pytest.fixture(scope="module", params=["qwen", "mistral", "gemma", "gemma with a window"])
@@ -22,7 +24,7 @@ def close(a, b): return float((a - b).abs().max()) < 1e-4 * float(b.max() - b.mi
 IDS = random.Random(0).sample(range(300), 200)
 
 
-def test_shared(): assert [shared([1, 2], [1, 3]), shared([], [1]), shared([1, 2], [1, 2, 3]), shared([1, 2], [1, 2])] == [1, 0, 2, 2]
+def test_common_prefix(): assert [common_prefix([1, 2], [1, 3]), common_prefix([], [1]), common_prefix([1, 2], [1, 2, 3]), common_prefix([1, 2], [1, 2])] == [1, 0, 2, 2]
 
 
 def test_every_row_is_as_if_alone(model):
@@ -50,7 +52,7 @@ def test_going_back_and_on(model):
 
 def test_the_models_own_cache_gives_the_same(model):
     engine = SingleEngine(model, 2)
-    assert faithful(engine, 1e-4)
+    assert matches_model(engine, 1e-4)
     engine.prefill(1, IDS[:30])
     engine.decode({1: 5}), engine.decode({1: 6})
     logits, computed = engine.prefill(1, IDS[:30] + [5, 7, 8])
@@ -67,9 +69,35 @@ def test_models_with_more_than_keys_and_values_do_not():
     hybrid = AutoModelForCausalLM.from_config(Lfm2Config(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         initializer_range=0.2, layer_types=["conv", "full_attention"] * 2)).eval()
-    assert not faithful(SlotEngine(hybrid, 2), 1e-4)
-    engine = fastest_engine(hybrid, 2, 1e-4)
-    assert type(engine) is SingleEngine and faithful(engine, 1e-4)
+    assert not matches_model(SlotEngine(hybrid, 2), 1e-4)
+    with pytest.warns(UserWarning, match="Lfm2ForCausalLM keeps more than keys and values.*slower"): engine = fastest_engine(hybrid, 2, 1e-4)
+    assert type(engine) is SingleEngine and matches_model(engine, 1e-4)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+], ids=["GPU", "Python", "CPU"])
+def test_running_out_of_memory_is_no_slow_path(monkeypatch, error):
+    "Not even where a row less would have had room: the person decides."
+    def full(self, old): raise error
+    monkeypatch.setattr(SlotCache, "_enlarged", full)
+    with pytest.raises(PolicyError, match="memory ran out when the cache was tried with 4 rows.*smaller batch_size") as caught: fastest_engine(make_model("qwen", 300), 4, 1e-4)
+    assert caught.value.__cause__ is error
+
+
+def test_a_model_with_two_wrong_caches_is_refused(monkeypatch):
+    "The slow engine is checked against a plain forward pass, too."
+    model = make_model("qwen", 300)
+    plain = SlotEngine.fresh
+    monkeypatch.setattr(SlotEngine, "fresh", lambda self, ids: plain(self, ids).roll(1))
+    with pytest.raises(PolicyError, match="Qwen2ForCausalLM answers otherwise with a cache than without, with ours and with its own"): fastest_engine(model, 2, 1e-4)
+    monkeypatch.undo()
+    monkeypatch.setattr(SlotEngine, "masks", lambda self, queries, width: None)  # ours sees too much, the model's own does not
+    with pytest.warns(UserWarning, match="its own cache is used"): assert type(fastest_engine(model, 2, 1e-4)) is SingleEngine
+    step = SingleEngine._step
+    monkeypatch.setattr(SingleEngine, "_step", lambda self, ids, cache: step(self, ids, cache) * 1.01)
+    with pytest.raises(PolicyError, match="with its own"): fastest_engine(model, 2, 1e-4)
 
 
 def test_a_broken_cache_is_noticed(monkeypatch):
@@ -78,9 +106,9 @@ def test_a_broken_cache_is_noticed(monkeypatch):
         keys, values = update(self, keys, values, layer_idx)
         return keys, values * (1 + 0.01 * (layer_idx == 1))
     model = make_model("qwen", 300)
-    assert faithful(SlotEngine(model, 2), 1e-4)
+    assert matches_model(SlotEngine(model, 2), 1e-4)
     monkeypatch.setattr(SlotCache, "update", forgetful)
-    assert not faithful(SlotEngine(model, 2), 1e-4)
+    assert not matches_model(SlotEngine(model, 2), 1e-4)
 
 
 TEMPLATES = ("open OBJ", "move OBJ to OBJ", "look around", "look at OBJ")
@@ -90,12 +118,12 @@ TEMPLATES = ("open OBJ", "move OBJ to OBJ", "look around", "look at OBJ")
     ("", 1, 0), ("lo", 1, 0), ("look around", 1, 1), ("look at", 1, 0), ("look at x", 1, 1), ("look at  x", 0, 0), ("eat x", 0, 0),
     ("move a", 1, 0), ("move a to ", 1, 0), ("move a to b", 1, 1), ("move  to b", 0, 0), ("open a\nb", 0, 0), ("open", 1, 0), ("open ", 1, 0)])
 def test_fits(text, begun, whole):
-    assert any(fits(text, t, False) for t in TEMPLATES) == bool(begun)
-    assert any(fits(text, t, True) for t in TEMPLATES) == bool(whole)
+    assert any(fits_template(text, t, False) for t in TEMPLATES) == bool(begun)
+    assert any(fits_template(text, t, True) for t in TEMPLATES) == bool(whole)
 
 
 @given(a=st.text("ab to", min_size=1, max_size=6), b=st.text("ab to", min_size=1, max_size=6))
 def test_what_fits_has_only_fitting_beginnings(a, b):
     action = f"move {a} to {b}"
-    if fits(action, "move OBJ to OBJ", True):
-        assert all(fits(action[:i], "move OBJ to OBJ", False) for i in range(len(action)))
+    if fits_template(action, "move OBJ to OBJ", True):
+        assert all(fits_template(action[:i], "move OBJ to OBJ", False) for i in range(len(action)))

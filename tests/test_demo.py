@@ -5,21 +5,25 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from chat_models import make_model, make_tokenizer
-from exprag.agent import HFPolicy
-from exprag.combined import fits, retrieve_for_training
-from exprag.demo import CONTROLS, DEMO_TYPES, FIVE, PLANS, Plan, allowed, condition_of, demo, demo_panel, demo_tasks, fit, memory_of_lessons
-from exprag.environment import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES, side
-from exprag.procedure import procedure, procedure_distances
+from exprag.combined import action_agreement, retrieve_for_training
+from exprag.demo import (
+    CONTROLS, DEMO_TYPES, FIVE, PLANS, TRACKED_REPLAY, Place, Plan, allowed, condition_of, demo,
+    demo_panel, demo_tasks, memory_of, memory_of_demonstrations, shared_environments, train_adapters,
+    with_tracking)
+from exprag.memory.procedure import procedure, procedure_distances
+from exprag.memory.tracking import align
+from exprag.models.local import HFPolicy
 from exprag.query import Retriever, SentenceEncoder
-from exprag.samples import RECIPES, opening
+from exprag.samples import CONFIGS
+from exprag.select import Every, Once
 from exprag.store import Store
+from exprag.world import difficulty
+from exprag.worlds.scienceworld import EASY_TYPES, HARD_TYPES, MENDELIAN_TYPES
 
 COMMAND = [sys.executable, "-c", "import sys; from exprag.cli import main; sys.exit(main())", "demo", "--quick", "--threads", "1"]
 
@@ -60,6 +64,10 @@ def test_run_again_it_reuses_what_is_there(finished):
     assert again.returncode == 0 and {f: f.stat().st_mtime_ns for f in before} == before
 
 
+def test_no_warning_that_a_user_can_do_nothing_about(finished):
+    assert "Warning" not in finished[1].stderr, finished[1].stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_the_oracle_asks_experts_that_want_a_new_simulator(tmp_path):
     plan = replace(PLANS["quick"], types=("test-conductivity", "power-component"), conditions=(*FIVE, *CONTROLS))
@@ -82,7 +90,17 @@ def test_controls_join_what_is_there(finished):
     done = run(out, ["--controls"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(name in done.stdout for name in (*FIVE, *CONTROLS)) and "ExpRAG-LoRA minus replay" in done.stdout
+    assert TRACKED_REPLAY not in done.stdout
     assert len(list(out.glob("episodes/*/episodes.jsonl"))) == len(FIVE) + len(CONTROLS) and {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_progress_tracking_is_switched_on_by_name(finished, tmp_path):
+    "With its control: nine conditions; the store of experience is the same."
+    for store in finished[0].glob("experience-*.db"): (tmp_path / store.name).write_bytes(store.read_bytes())
+    done = run(tmp_path, ["--track-progress", "--controls"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(name in done.stdout for name in (*FIVE, *CONTROLS, TRACKED_REPLAY)) and f"ExpRAG-LoRA minus {TRACKED_REPLAY}" in done.stdout
+    assert len(list(tmp_path.glob("experience-*.db"))) == 1
 
 
 @pytest.mark.slow
@@ -95,41 +113,45 @@ def test_another_chat_model_goes_through_it_from_a_folder(family, tmp_path):
     assert "ExpRAG-LoRA minus LoRA" in done.stdout and len(list((tmp_path / "out" / "adapters").glob("*/report.json"))) == 2
 
 
-def test_lessons_are_paired_by_what_was_done_or_by_goal(finished):
-    def far(found): return procedure_distances([procedure(t) for t in lessons], [procedure(e) for e in found]).diagonal()
+def demonstrations(store) -> list:
+    return [t for t in map(store.get, store.find(types=PLANS["quick"].easy_types)) if len(t) <= 32]
+
+
+def test_demonstrations_are_paired_by_what_was_done_or_by_goal(finished):
+    def far(found): return procedure_distances([procedure(t) for t in some], [procedure(e.trajectory) for e in found]).diagonal()
     with Store(next(finished[0].glob("experience-*.db"))) as store:
-        retriever, lessons = Retriever(store, SentenceEncoder()), [t for t in map(store.get, store.find(types=PLANS["quick"].easy_types)) if len(t) <= 32]
-        retriever.load(finished[0] / "experience.index")
-        shown = {how: [memory_of_lessons(replace(PLANS["quick"], pair=how), retriever, lessons).recall(opening(t)).experiences[0] for t in lessons] for how in ("goal", "procedure")}
-        with pytest.raises(ValueError, match="unknown way to pair lessons 'luck'"): memory_of_lessons(replace(PLANS["quick"], pair="luck"), retriever, lessons)
-    assert all(t.task != e.task for found in shown.values() for t, e in zip(lessons, found))
+        retriever, some = Retriever(store, SentenceEncoder()), demonstrations(store)
+        def recalled(how):
+            memory = memory_of_demonstrations(replace(PLANS["quick"], pair=how), retriever, some)
+            return [memory.recall(t.opening()).experiences[0] for t in some]
+        shown = {how: recalled(how) for how in ("goal", "procedure")}
+        with pytest.raises(ValueError, match="unknown way to pair demonstrations 'luck'"): recalled("luck")
+    assert all(t.task != e.task for found in shown.values() for t, e in zip(some, found))
     assert (far(shown["procedure"]) <= far(shown["goal"]) + 1e-6).all() and {e.task.type for e in shown["procedure"]} <= set(EASY_TYPES)
 
 
-def test_lessons_that_no_experience_fits_are_left_out(finished, monkeypatch):
-    given = []
+def test_demonstrations_that_do_not_agree_with_their_experience_are_left_out(finished, monkeypatch):
+    given, plan = [], with_tracking(PLANS["quick"])
     def train(model, samples, *rest, **settings):
         given.append({s.task for s in samples})
         raise InterruptedError
     monkeypatch.setattr("exprag.demo.train", train)
     with Store(next(finished[0].glob("experience-*.db"))) as store:
         retriever, encoder = Retriever(store, SentenceEncoder()), HFPolicy.from_pretrained("nano", batch_size=1).encoder
-        retriever.load(finished[0] / "experience.index")
-        lessons = {t.task: t for t in map(store.get, store.find(types=PLANS["quick"].easy_types)) if len(t) <= 32}
-        found = retrieve_for_training(lessons.values(), memory_of_lessons(PLANS["quick"], retriever, lessons.values()), retold=PLANS["quick"].situated)
-        share = {task: fits(t, found.recall(t).experiences) for task, t in lessons.items()}
+        some = {t.task: t for t in demonstrations(store)}
+        found = retrieve_for_training(some.values(), memory_of_demonstrations(plan, retriever, list(some.values())), adapt=align)
+        share = {task: action_agreement(t, found.recall(t).experiences) for task, t in some.items()}
         edge = sorted(share.values())[len(share) // 2]
+        def trained(least): train_adapters(replace(plan, agreement=least), store, retriever, Place(finished[0]), CONFIGS["nano"], encoder)
         for least in (0.0, edge):
-            with pytest.raises(InterruptedError): fit(replace(PLANS["quick"], fitting=least), store, retriever, finished[0], "nano", RECIPES["nano"], encoder)
-        with pytest.raises(ValueError, match="lower `fitting`"): fit(replace(PLANS["quick"], fitting=1.1), store, retriever, finished[0], "nano", RECIPES["nano"], encoder)
-    assert given == [set(lessons), {task for task, fit_ in share.items() if fit_ >= edge}] and len(given[1]) < len(given[0])
+            with pytest.raises(InterruptedError): trained(least)
+        with pytest.raises(ValueError, match="lower `agreement`"): trained(1.1)
+    assert given == [set(some), {task for task, agrees in share.items() if agrees >= edge}] and len(given[1]) < len(given[0])
 
 
-def test_the_paper_recipe_is_fitted_to_the_machine_and_the_samples():
-    few = allowed(RECIPES["paper"], 8)
-    assert few.batch == 8 and few == replace(RECIPES["paper"], batch=8, optimizer=few.optimizer)
-    assert few.optimizer == ("paged_adamw_8bit" if torch.cuda.is_available() and find_spec("bitsandbytes") else "adamw_torch")
-    assert allowed(RECIPES["nano"], 500) == RECIPES["nano"] and allowed(replace(RECIPES["nano"], micro_batch=4), 7).batch == 4
+def test_the_batch_is_fitted_to_the_samples_and_the_optimiser_is_not_touched():
+    assert allowed(CONFIGS["paper"], 8) == replace(CONFIGS["paper"], batch=8), "train says aloud which optimiser it takes instead"
+    assert allowed(CONFIGS["nano"], 500) == CONFIGS["nano"] and allowed(replace(CONFIGS["nano"], micro_batch=4), 7).batch == 4
 
 
 def test_the_plan_keeps_hard_types_for_retrieval_and_out_of_training():
@@ -138,14 +160,42 @@ def test_the_plan_keeps_hard_types_for_retrieval_and_out_of_training():
     tasks = demo_tasks(plan)
     assert {t.fold for t in tasks} == {"train"} and {t.type for t in tasks} == set(EASY_TYPES) | set(DEMO_TYPES)
     panel = demo_panel(plan)
-    assert len(panel.tasks) == 11 and {t.fold for t in panel.tasks} == {"test"} and {side(t.type) for t in panel.tasks} == {"hard"}
+    assert len(panel.tasks) == 11 and {t.fold for t in panel.tasks} == {"test"} and {difficulty(t) for t in panel.tasks} == {"hard"}
 
 
-def test_every_memory_of_a_situated_plan_goes_along_but_the_plain_replays():
-    made = {name: condition_of(replace(Plan(), situated=True), name) for name in (*FIVE, *CONTROLS)}
-    assert {name for name, c in made.items() if c.situated} == {"ExpRAG (frozen)", "LoRA, retrieval at test only", "ExpRAG-LoRA", "situated replay", "random experience", "oracle experience"}
-    assert all((c.when == "every 1") == c.situated and c.k == 1 for c in made.values())
-    assert [name for name in (*FIVE, *CONTROLS) if condition_of(replace(Plan(), situated=False), name).situated] == ["situated replay"]
+def test_the_memory_of_the_plan_is_the_papers(finished):
+    "Asked once, by goal, whole episodes, nothing rewritten."
+    with Store(next(finished[0].glob("experience-*.db"))) as store:
+        retriever = Retriever(store, SentenceEncoder())
+        for name in ("ExpRAG (frozen)", "ExpRAG-LoRA", "replay", "random experience"):
+            memory = memory_of(Plan(), condition_of(Plan(), name), retriever)
+            assert isinstance(memory.when, Once) and [s.name for s in memory.stages] == ["exclude_same_task", "successes_only", "top_k"]
+        assert (retriever.key, retriever.query) == ("goal", "goal")
+
+
+def test_progress_tracking_is_in_every_memory_but_the_plain_replays(finished):
+    plan = with_tracking(Plan())
+    with Store(next(finished[0].glob("experience-*.db"))) as store:
+        retriever = Retriever(store, SentenceEncoder())
+        for name in ("ExpRAG (frozen)", "LoRA, retrieval at test only", "ExpRAG-LoRA", TRACKED_REPLAY, "random experience", "replay"):
+            chosen = condition_of(plan, name)
+            memory = memory_of(plan, chosen, retriever)
+            tracked = name != "replay"
+            assert isinstance(memory.when, Every) == tracked == ("drop_rejected" in [s.name for s in memory.stages]) and chosen.k == 1
+    assert condition_of(plan, "zero-shot").when == "once"
+
+
+def test_conditions_share_their_simulators():
+    made = []
+    class Env:
+        closed = 0
+        def __init__(self): made.append(self)
+        def close(self): self.closed += 1
+    with shared_environments(Env) as give:
+        first, second = give(), give()
+        first.close(), first.close()
+        assert len(made) == 2 and give() is not second and len(made) == 2 and not any(env.closed for env in made)
+    assert [env.closed for env in made] == [1, 1]
 
 
 def test_the_larger_panel_has_up_to_five_test_episodes_of_each_type():

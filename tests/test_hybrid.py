@@ -1,20 +1,20 @@
-"""Words, fusion and reranking: one face, ties in order, nothing stale, nothing cut."""
+"""Words, fusion and reranking: one interface, ties in order, nothing stale, nothing truncated."""
 import json
 import math
 import multiprocessing
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.care import doctor
-from exprag.hybrid import FusedRetriever, Reranked, WordRetriever, fitting, shared_ranks
-from exprag.query import KEYS, Hit, Retriever, SentenceEncoder, TextTooLong
-from exprag.situations import PlaceRetriever
+from exprag.memory.hybrid import FusedRetriever, Reranked, WordRetriever, fitting, shared_ranks
+from exprag.memory.in_episode import PlaceRetriever
+from exprag.memory.maintenance import check
+from exprag.query import Retriever, SentenceEncoder, TextTooLong
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory
+from exprag.views import Cursor, Experience, Hit
 
 
 def episode(i, goal, *actions, fold="train"):
@@ -91,7 +91,7 @@ def test_no_words_and_no_match_find_nothing(store):
     assert words.search(ask("?!"), 3) == words.search(ask("xyzzy"), 3) == words.search(ask("boil"), 3, allow=[]) == []
     assert [h.id for h in words.search(ask("boil"), 3, allow=[episode(1, GOALS[1]).id, "stranger"])] == [episode(1, GOALS[1]).id]
     with pytest.raises(ValueError, match="at least one"): words.search(ask("x"), 0)
-    with pytest.raises(KeyError, match="mood"): WordRetriever(store, key="mood")
+    with pytest.raises(ValueError, match="mood"): WordRetriever(store, key="mood")
 
 
 def test_the_index_follows_the_store_and_forgets(store):
@@ -129,7 +129,7 @@ def test_two_processes_index_at_once(tmp_path):
     assert [w.exitcode for w in workers] == [0, 0]
     with Store(path) as store:
         assert len(WordRetriever(store).search(ask("thing"), 99)) == 30
-    assert doctor(path).findings == ()
+    assert check(path).findings == ()
 
 
 # Fusion
@@ -140,7 +140,7 @@ class Fixed:
     def search(self, trajectory, n=20, allow=None): return [h for h in self.hits if allow is None or h.id in allow][:n]
     def prepare(self, trajectories): return len(trajectories)
     def describe(self): return {"fixed": len(self.hits)}
-    def fetch(self, hit): return self.store.get(hit.id)
+    def fetch(self, hit): return Experience(self.store.get(hit.id), hit)
 
 
 def hits(**scores):
@@ -176,7 +176,7 @@ def test_fusion_refuses_what_cannot_be_fused(store, tmp_path):
         FusedRetriever([Fixed(store, []), Fixed(other, [])])
 
 
-def test_all_retrievers_have_one_face_and_fit_a_memory(store, encoder, reader):
+def test_all_retrievers_have_one_interface_and_fit_a_memory(store, encoder, reader):
     from exprag.select import Memory
 
     dense, words, place = Retriever(store, encoder), WordRetriever(store), PlaceRetriever(store, encoder)
@@ -191,7 +191,7 @@ def test_all_retrievers_have_one_face_and_fit_a_memory(store, encoder, reader):
         assert {h.id for h in finder.search(now, 3, allow={found[0].id})} == {found[0].id}
         assert 0 < len(Memory(finder).recall(now)) <= 2
     hit = FusedRetriever([place, words]).search(now, 1)[0]
-    assert hit.step == 0 and FusedRetriever([place, words]).fetch(hit).provenance["at_step"] == 0
+    assert hit.step == 0 and FusedRetriever([place, words]).fetch(hit).cursor == Cursor(done=0)
 
 
 # Reranking
@@ -248,7 +248,3 @@ def test_other_weights_have_another_name(store, reader):
         weight.add_(1e-3)
         assert Reranked(WordRetriever(store), reader).name != name
         weight.sub_(1e-3)
-
-
-def test_keys_of_situations_are_known_here():
-    assert {"start", "recent", "so_far", "history"} <= set(KEYS) and np.isfinite(1.0)

@@ -6,11 +6,17 @@ from hashlib import sha256
 
 import pytest
 
-from exprag.environment import EASY_TYPES, side
-from exprag.lookup import Document, Replay, Words, again, alike, curriculum, done_again, families, longer_name, looping, loops, numbering, periodic, places, pointing, procedures, reach, repeats, spelled, steady
-from exprag.nano import Pretraining, Shape, grow, load_nano, lookup_accuracy, nano_path, new_model, pretrain, progress_of, wider
-from exprag.play import play_texts, train_tokenizer
-from exprag.sft import Manifest
+from exprag.worlds.scienceworld import EASY_TYPES
+from exprag.world import difficulty
+from exprag.models.curriculum import curriculum
+from exprag.models.loading import load_model
+from exprag.models.lookup import (
+    Document, Replay, ReplaySettings, Words, again, alike, done_again, families, longer_name, loops,
+    periodic, procedures, repeats, replays, spelled)
+from exprag.models.nano import (
+    Pretraining, Shape, grow, lookup_accuracy, nano_path, new_model, pretrain, progress_of, wider)
+from exprag.models.play import play_texts, train_tokenizer
+from exprag.audit import Manifest
 from exprag.trajectory import Step, Task, Trajectory, write_jsonl
 
 torch = pytest.importorskip("torch")
@@ -29,7 +35,10 @@ def words():
     return Words(tokenizer, [episode()])
 
 
-@pytest.mark.parametrize("generator", [g for phase in (*curriculum(), reach(10), *places(0, 10), pointing(10), steady(10), numbering(10), looping(10)) for _, _, g in phase.mix])
+GENERATORS = [g for phase in curriculum(Pretraining().ends) for _, _, g in phase.mix]
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_documents_are_as_long_as_asked_and_the_same_for_the_same_seed(words, generator):
     a, b = (generator(random.Random(5), words, 2000) for _ in range(2))
     assert a == b and len(a.ids) == len(a.mask) <= 2000 and sum(a.mask) > 0
@@ -107,8 +116,9 @@ def test_action_n_is_line_n_whatever_went_wrong(words):
     lost = 0
     for seed in range(60):
         chance, document = random.Random(seed), Document()
-        replay = Replay(chance, words, {}, (3, 10), 0.0, 4, 3, 0.5)
-        done_again(chance, words, document, replay, True, 0.0, 20, 0.5)
+        how = ReplaySettings(steps=(3, 10), renamed=0.0, teased=4, looped=3, lengthened=0.5)
+        replay = Replay(chance, words, {}, how)
+        done_again(chance, document, replay, True, 0.0, 20, 0.5)
         done = answers(words, document)
         assert len(done) == len(replay.turns) == len(replay.listed[1])
         for (said, supervised), (action, _), (line, _) in zip(done, replay.turns, replay.listed[1]):
@@ -140,7 +150,7 @@ def test_heads_look_back_before_any_training(words):
     with pytest.raises(ValueError, match="layer 2 is to look back, but the model has 2 layers"): new_model(tokenizer, replace(shape, look_back=((1,), (2,), (3,))))
 
 
-def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
+def test_a_training_run_can_be_stopped_and_continued(tmp_path):
     recipe, shape = Pretraining(tokens=8_000, reach=4_000, places=6_000, pointing=3_000, steady=3_000, numbering=40_000, counting=1_000, looping=1_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
     hashes, stopped = [], []
     for name, stops in (("whole", (None,)), ("resumed", (2, 4, 7, 8, 9, None))):
@@ -155,7 +165,7 @@ def test_a_training_run_can_be_killed_and_gone_on_with(tmp_path):
     assert {t.type for t in Manifest.read(done).tasks} == {"melt"}
 
 
-def test_a_run_is_not_gone_on_with_under_another_recipe_or_shape(tmp_path):
+def test_a_run_is_not_continued_with_another_recipe_or_shape(tmp_path):
     recipe, shape = Pretraining(tokens=8_000, batch=4, play_episodes=1), Shape(hidden=32, layers=1, heads=2, feed_forward=32, look_back=((1, 2),))
     write_jsonl([episode()], tmp_path / "play.jsonl")
     pretrain(tmp_path, recipe, shape, stop_after=1)
@@ -168,24 +178,41 @@ def test_a_run_is_not_gone_on_with_under_another_recipe_or_shape(tmp_path):
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == checkpoint
 
 
+def test_documents_are_those_that_nano_was_trained_on(words):
+    "The generators draw the same documents as the version that trained the model in the package."
+    drawn = sha256()
+    for phase in curriculum(Pretraining().ends):
+        for name, share, generate in phase.mix:
+            for seed in range(20):
+                made, about = generate(random.Random(seed), words, phase.length), (phase.until, phase.length)
+                drawn.update(json.dumps([*about, phase.batch, phase.parts, name, share, made.ids, made.mask]).encode())
+    assert drawn.hexdigest()[:16] == "5390082e3a3bc270"
+
+
+def test_settings_are_checked(words):
+    for generate in (procedures, replays):
+        with pytest.raises(TypeError, match="colour"): generate(random.Random(0), words, 100, colour=1)
+
+
 def test_the_package_holds_the_model_its_card_and_a_clean_manifest():
     place, manifest = nano_path(), Manifest.read(nano_path())
     assert sum(f.stat().st_size for f in place.rglob("*")) < 20e6 and (place / "README.md").exists()
     assert {t.fold for t in manifest.tasks} == {"train"} and {t.type for t in manifest.tasks} == set(EASY_TYPES)
-    assert all(side(t.type) == "easy" for t in manifest.tasks)
+    assert all(difficulty(t) == "easy" for t in manifest.tasks)
     recorded = json.loads((place / "pretraining.json").read_text())["sha256"]
     for name in ("model.safetensors", "tokenizer.json"): assert sha256((place / name).read_bytes()).hexdigest() == recorded[name]
 
 
 def test_the_model_of_the_package_repeats_what_it_read():
-    model, tokenizer = load_nano()
+    model, tokenizer = load_model("nano", device="cpu")
     words = Words(tokenizer, [])
-    words.all = words.pool  # words: chapter 09b says what became of other tokens
+    words.all = words.pool
     assert lookup_accuracy(model, lambda chance: repeats(chance, words, 256, (16, 32)), documents=8)[0] > 0.9
 
 
 def test_the_tokenizer_of_the_package_loses_nothing_and_spells_a_word_one_way():
-    _, tokenizer = load_nano()
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(nano_path())  # as anybody would load it
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     for text in ("open door to kitchen", "In it, you see: \n\tthe agent\n\ta cup (containing nothing)", "Ünïcödé 漢字 🙂", "a\n\nb  c", "x=3.14; y"):
         assert tokenizer.decode(ids(text)) == text

@@ -1,12 +1,13 @@
-"""What the small model sees of the real world: random play within the fence, and the tokenizer that spells it."""
+"""What the small model sees of the real world: random play of easy tasks, and the tokenizer that spells it."""
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.environment import ACTION_TEMPLATES
-from exprag.play import CHAT_TEMPLATE, END, JOINER, NOT_PLAYED, PAD, ROLES, play_texts, random_play, train_tokenizer
+from exprag.worlds.scienceworld import ACTION_TEMPLATES
+from exprag.models.play import (
+    CHAT_TEMPLATE, END, JOINER, NOT_PLAYED, PAD, ROLES, play_texts, random_play, train_tokenizer)
 from exprag.trajectory import Step, Task, Trajectory
 
 MELT = Task("scienceworld", "melt", "0", "train")
@@ -39,11 +40,11 @@ class Endless(Rooms):
 
 @pytest.mark.parametrize("task", [Task("scienceworld", "power-component", "0", "train"), Task("scienceworld", "melt", "14", "dev"),
                                   Task("scienceworld", "melt", "21", "test")])
-def test_random_play_stays_on_its_side_of_the_fence(task):
+def test_random_play_refuses_hard_tasks_and_other_folds(task):
     with pytest.raises(ValueError, match="easy tasks of the train fold only"): random_play(None, task)
 
 
-def test_an_episode_is_the_same_whoever_plays_it():
+def test_an_episode_is_the_same_in_every_run():
     first, again, other = random_play(Endless(), MELT), random_play(Endless(), MELT), random_play(Endless(), MELT, seed=1)
     assert first.id == again.id != other.id and first.actions != other.actions
     assert first.provenance["actor"] == "random" and other.provenance["seed"] == 1
@@ -57,7 +58,7 @@ def test_an_episode_is_as_long_as_asked_or_ends_with_the_world():
     assert all(t.score == 7.0 and t.success is False for t in ended)
 
 
-def test_random_play_leaves_out_what_it_must_and_tries_the_rest():
+def test_random_play_leaves_out_four_kinds_of_action():
     done = {action for seed in range(40) for action in random_play(Endless(), MELT, seed).actions}
     assert done == {a for a in LISTED if not a.startswith(NOT_PLAYED)}
 
@@ -81,7 +82,7 @@ def tokenizer():
 def ids(tokenizer, text): return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_play_texts_hold_all_that_was_said_and_the_grammar():
+def test_play_texts_hold_the_episode_and_the_templates():
     played = Trajectory(MELT, "a goal", "a room", (Step("go to kitchen", "You go."),))
     texts = play_texts([played])
     assert texts[:4] == ["a goal", "a room", "go to kitchen", "You go."] and set(texts[4:]) == {"; ".join(ACTION_TEMPLATES)}

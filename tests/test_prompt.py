@@ -6,7 +6,8 @@ from chat_models import FAMILIES, MISTRAL, QWEN, QWEN3, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exprag.prompt import FOLD, INSTRUCTIONS, PlainText, PromptEncoder, PromptError, PromptFormat
+from exprag.prompt import FOLD, PlainText, PromptEncoder, PromptError, PromptFormat
+from exprag.world import load_world
 from exprag.trajectory import Step, Task, Trajectory
 
 TASK = Task("scienceworld", "boil", "3", "train")
@@ -40,7 +41,7 @@ def controls(encoder, ids): return [i for i in ids if i in encoder.plain.ids]
 def test_tokens_are_those_of_the_models_own_template(encoder):
     messages = encoder.format.messages(EPISODE, MEMORY)
     if encoder.folded: messages = [{"role": "user", "content": messages[0]["content"] + FOLD + messages[1]["content"]}, *messages[2:]]
-    own = encoder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, tokenize=True)
+    own = encoder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, tokenize=True, date_string="26 Jul 2024")
     assert encoder.prompt(EPISODE, MEMORY) == own
 
 
@@ -143,9 +144,9 @@ def test_a_refused_template_can_be_replaced():
 
 
 def test_folding_where_there_is_no_system_role():
-    assert [encoder_of(f).folded for f in ("qwen", "gemma", "gemma2", "mistral", "ministral")] == [False, False, True, True, False]
+    assert [encoder_of(f).folded for f in ("qwen", "gemma", "gemma2", "mistral", "ministral", "llama3", "smollm2")] == [False, False, True, True, False, False, False]
     text = encoder_of("gemma2").tokenizer.decode(encoder_of("gemma2").prompt(prefix(EPISODE, 0)))
-    assert text.startswith("<bos><start_of_turn>user\n" + INSTRUCTIONS["scienceworld"])
+    assert text.startswith("<bos><start_of_turn>user\n" + load_world("scienceworld").instruction)
 
 
 def test_qwens_own_system_prompt_stays_out():
@@ -183,3 +184,15 @@ def test_nothing_is_cut_and_steps_without_text_pass(encoder):
 def test_an_unbegun_episode_has_nothing_to_learn(encoder):
     ids, mask = encoder.encode(prefix(EPISODE, 0))
     assert ids == encoder.prompt(prefix(EPISODE, 0)) and not any(mask)
+
+
+def test_text_that_utf8_cannot_hold_is_written(encoder):
+    torn = replace(EPISODE, first_observation="A \ud800 door.")
+    assert encoder.prompt(torn) == encoder.prompt(replace(EPISODE, first_observation="A ? door."))
+
+
+def test_experience_is_written_in_its_own_view():
+    from exprag.views import Cursor, Experience
+    shown = Experience(SOLVED, view="numbered", cursor=Cursor(first=2, offset=-2))
+    assert "1: activate stove | The stove is now activated." in PromptFormat().system("scienceworld", [shown])
+    assert PromptFormat().system("scienceworld", [Experience(SOLVED)]) == PromptFormat().system("scienceworld", [SOLVED])

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders import WordEncoder
-from exprag.quality import (QUALITY_MEASURES, Quality, by_chance, by_retriever, by_type, expected_by_rank, judge, mean_interval, ndcg, quality_by_novelty,
-                            quality_outcomes, quality_table, read_quality, results_by_novelty, retrieval_quality, write_quality)
+from exprag.studies.quality import (
+    QUALITY_MEASURES, Quality, by_chance, by_retriever, by_type, expected_by_rank, judge,
+    mean_interval, ndcg, quality_by_novelty, quality_outcomes, quality_table, read_quality,
+    results_by_novelty, retrieval_quality, write_quality)
 from exprag.query import Retriever
 from exprag.results import Episode, Results, Run
+from exprag.statistics import Bootstrap
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory, read_jsonl
 
@@ -142,12 +145,12 @@ def test_types_weigh_alike():
 
 
 def test_tables():
-    judged = {"a": rows({"boil": [0.2, 0.4], "melt": [0.6, 0.6]}), "b": rows({"boil": [0.5, 0.5], "melt": [0.5, 0.5]})}
-    table = quality_table(judged, draws=200)
-    assert len(table.rows) == 2 and table.header[1:] == tuple(QUALITY_MEASURES.values()) and table.rows[0][1].startswith("0.45 [") and "4 tasks of 2 types" in table.caption
+    judged = {"a": rows({"boil": [0.2, 0.4, 0.3], "melt": [0.6] * 3}), "b": rows({"boil": [0.5] * 3, "melt": [0.5] * 3})}
+    table = quality_table(judged, how=Bootstrap(draws=200))
+    assert len(table.rows) == 2 and table.header[1:] == tuple(QUALITY_MEASURES.values()) and table.rows[0][1].startswith("0.45 [") and "6 tasks of 2 types" in table.caption
     strata = {q.task: "new" if q.task.type == "boil" else "familiar" for q in judged["a"]}
-    split = quality_by_novelty(judged, strata, "ndcg", draws=200)
-    assert split.header == ("", "familiar (2 tasks)", "between (0 tasks)", "new (2 tasks)") and split.rows[0] == ("a", "0.60", "-", "0.30")
+    split = quality_by_novelty(judged, strata, "ndcg", how=Bootstrap(draws=200))
+    assert split.header == ("", "familiar (3 tasks)", "between (0 tasks)", "new (3 tasks)") and split.rows[0] == ("a", "0.60", "-", "0.30")
     with pytest.raises(ValueError, match="has no novelty"): quality_by_novelty(judged, {}, "ndcg")
 
 
@@ -167,10 +170,11 @@ def test_results_by_novelty(tmp_path):
     def run(name, seed, scores): return Run(tmp_path, {**config, "name": name, "seed": seed}, tuple(Episode(t, s, s == 100, 3, 0, 0, 0, 0.0, "end") for t, s in zip(tasks, scores)))
     results = Results((run("a", 0, [100, 0, 50, 50]), run("a", 1, [100, 0, 50, 50]), run("b", 0, [0, 0, 0, 100])))
     strata = dict(zip(tasks, ("familiar", "new", "new", "new")))
-    table = results_by_novelty(results, strata, draws=200)
+    table = results_by_novelty(results, strata, how=Bootstrap(draws=200))
     assert table.header == ("", "familiar (1 tasks)", "between (0 tasks)", "new (3 tasks)")
-    assert table.rows[0][:3] == ("a", "100.0", "-") and table.rows[0][3].startswith("25.0 [") and table.rows[1][1] == "0.0"
-    assert results_by_novelty(results, strata, "success", draws=200).rows[0][3].startswith("0.0")
+    assert table.rows[0][:3] == ("a", "100.0", "-") and table.rows[0][3] == "25.0", "three tasks are too few for an interval"
+    assert table.rows[1][1] == "0.0"
+    assert results_by_novelty(results, strata, "success", how=Bootstrap(draws=200)).rows[0][3].startswith("0.0")
     with pytest.raises(ValueError, match="unknown measure"): results_by_novelty(results, strata, "scores")
 
 

@@ -1,17 +1,18 @@
-"""Queries: encoders that never cut, an index that is exact, filtered and deterministic, files that are not believed blindly."""
+"""Queries: encoders that never cut, an index that is exact, filtered and deterministic."""
 import json
-import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprag.query import KEYS, ExactIndex, IndexMismatch, Retriever, SentenceEncoder, TextTooLong, chunks, embed_missing, key_function
+from exprag.query import (
+    KEYS, ExactIndex, Retriever, SentenceEncoder, TextTooLong, chunks, embed_missing, instructed, key_function)
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory
+from exprag.views import Experience, actions
 
 
 def episode(i, goal, fold="train", **more):
@@ -224,62 +225,67 @@ def test_empty_store(tmp_path, encoder):
     with Store(tmp_path / "empty.db") as store:
         retriever = Retriever(store, encoder)
         assert retriever.search(episode(1, "x")) == []
-        retriever.save(tmp_path / "i")
-        assert Retriever(store, encoder).load(tmp_path / "i") == "loaded"
 
 
 def test_unknown_key(store, encoder):
-    with pytest.raises(KeyError, match="there are goal"):
+    with pytest.raises(ValueError, match="there are goal"):
         Retriever(store, encoder, key="mood")
     assert key_function("goal") is KEYS["goal"]
 
 
-# The file
+def test_keys():
+    empty = episode(1, "Boil the water.")
+    empty = Trajectory(empty.task, empty.goal, "A hall. It is big.")
+    walk = Trajectory(empty.task, empty.goal, empty.first_observation, tuple(Step(f"go {i}", f"Room {i}. Here is more.") for i in range(1, 5)))
+    assert (KEYS["goal"](walk), KEYS["start"](walk)) == ("Boil the water.", "Boil the water.\nA hall. It is big.")
+    assert KEYS["recent"](walk) == "Boil the water.\n> go 2 | Room 2.\n> go 3 | Room 3.\n> go 4 | Room 4."
+    assert KEYS["recent"](empty) == "Boil the water.\nStart | A hall."
+    assert KEYS["so_far"](walk) == actions(Experience(walk)) and KEYS["history"](walk) == "go 1\ngo 2\ngo 3\ngo 4" and KEYS["history"](empty) == ""
 
 
-def test_save_and_load(store, encoder, tmp_path):
-    path, query = tmp_path / "sub" / "goal.index", episode(99, "Boil the milk.")
-    first = Retriever(store, encoder)
-    hits = first.search(query)
-    first.save(path)
-    counting = Counting(encoder, encoder.name)
-    second = Retriever(store, counting)
-    assert second.load(path) == "loaded" and second.search(query) == hits
-    assert [r for r, _ in counting.texts] == ["query"] and b"pickle" not in path.read_bytes()
-    store.add(episode(60, "Boil the milk."))
-    assert len(second.search(query)) == len(hits) + 1, "stale in memory: noticed"
-    assert Retriever(store, encoder).load(path) == "rebuilt: the store has changed"
-    assert Retriever(store, encoder).load(path) == "loaded", "rebuilt on disk too"
-    assert Retriever(store, encoder).load(tmp_path / "none") == "rebuilt: there was no file"
-    assert not list(tmp_path.glob("**/*.part"))
+def test_a_key_of_ones_own(store, encoder, monkeypatch):
+    monkeypatch.setitem(KEYS, "last", lambda t: t.steps[-1].observation if t.steps else "")
+    hits = Retriever(store, encoder, key="last", query="last").search(episode(3, "x"))
+    assert hits[0].id == episode(3, GOALS[3]).id and hits[0].score == pytest.approx(1, abs=1e-5)
 
 
-def test_index_of_another_encoder_or_key_is_refused(store, encoder, tmp_path, monkeypatch):
-    Retriever(store, encoder).save(tmp_path / "i")
-    other = Counting(encoder, "other@123")
-    with pytest.raises(IndexMismatch) as error:
-        Retriever(store, other).load(tmp_path / "i")
-    assert encoder.name in str(error.value) and "other@123" in str(error.value) and "remove the file" in str(error.value)
-    monkeypatch.setitem(KEYS, "first", lambda t: t.first_observation)
-    with pytest.raises(IndexMismatch, match="key 'goal'.*key 'first'"):
-        Retriever(store, encoder, key="first").load(tmp_path / "i")
-
-
-def test_damaged_or_swapped_file_is_rebuilt(store, encoder, tmp_path):
-    path, query = tmp_path / "i", episode(99, "Boil the milk.")
+def test_a_hit_is_fetched_as_experience(store, encoder):
     retriever = Retriever(store, encoder)
-    right = retriever.search(query)
-    retriever.save(path)
-    whole = path.read_bytes()
-    head = whole.index(b"}") + 2
-    faults = [part for _, part in damaged(whole, 40, head, random.Random(0))]  # the name of the encoder and the dimension are hit as well
-    for fault in (b"", b"hello", whole[:-1], b"\x80\x04K\x01.", whole.replace(b'"dim": 384', b'"dim": 383'), *faults):
-        assert fault != whole
-        path.write_bytes(fault)
-        fresh = Retriever(store, encoder)
-        assert fresh.load(path) == "rebuilt: the file was damaged" and fresh.search(query) == right
-    with Store(tmp_path / "b.db") as other:
-        other.add(episode(0, "Grow a plum."))
-        Retriever(other, encoder).save(tmp_path / "other")
-    shutil.copy(tmp_path / "other", path)
-    assert Retriever(store, encoder).load(path) == "rebuilt: the store has changed"
+    hit = retriever.search(episode(99, "Grow an apple tree."), n=1)[0]
+    experience = retriever.fetch(hit)
+    assert isinstance(experience, Experience) and experience.hit == hit and experience.trajectory == store.get(hit.id) == episode(3, GOALS[3])
+
+
+def test_queries_are_encoded_together_and_kept(store, encoder):
+    counting = Counting(encoder)
+    retriever = Retriever(store, counting)
+    assert retriever.prepare([episode(i, goal) for i, goal in enumerate(GOALS)]) == len(set(GOALS))
+    assert retriever.prepare([episode(9, "Boil the water.")]) == 0 and (retriever.vector(episode(9, GOALS[2])) == encoder.encode([GOALS[2]], "query")[0]).all()
+    assert len(counting.texts) == len(set(GOALS))
+
+
+def test_describe_names_what_decides_the_answers(store, encoder):
+    first = Retriever(store, encoder).describe()
+    assert first == {"encoder": encoder.name, "key": "goal", "query": "goal", "store": store.fingerprint()}
+    store.add(episode(50, "Freeze the tea."))
+    assert Retriever(store, encoder).describe() != first
+
+
+def test_vectors_of_an_earlier_release_are_used(tmp_path, encoder):
+    data = Path(__file__).parent / "data"
+    said = json.loads((data / "store-v2.json").read_text())
+    shutil.copy(data / "store-v2.sqlite", tmp_path / "old.db")
+    with Store(tmp_path / "old.db") as store:
+        counting, ids = Counting(encoder, encoder.name), [hit[0] for hit in said["hits"]]
+        assert encoder.name == said["encoder"], "if the encoder's name changes, every kept vector is lost"
+        query = episode(99, "Your task is to turn on the electric buzzer.")
+        hits = Retriever(store, counting).index(ids).search(query, 4)
+        assert [[h.id, h.score, h.rank] for h in hits] == said["hits"] and [role for role, _ in counting.texts] == ["query"]
+
+
+def test_a_text_that_utf8_cannot_hold_is_encoded(encoder):
+    assert (encoder.encode(["Boil \ud800 it."]) == encoder.encode(["Boil ? it."])).all()
+
+
+def test_an_instruction_for_the_query():
+    assert instructed("find it") == {"query": "Instruct: find it\nQuery:", "document": ""}

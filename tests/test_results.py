@@ -1,6 +1,7 @@
 """Runs on disk: durable, resumable, never mixed; tables and figures from them alone."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,16 +9,19 @@ import time
 
 import pytest
 
-from exprag.environment import EASY_TYPES, HARD_TYPES
-from exprag.results import (PRIMARY, SECONDARY, Episode, EpisodeFile, Question, Results, Run, Table, answer, contrast_table, endings_table, fingerprint,
-                            load_results, plot_results, plot_types, read_episodes, results_table, run_directory, types_table)
-from exprag.trajectory import Step, Task, Trajectory, json_line
+from exprag.worlds.scienceworld import EASY_TYPES, HARD_TYPES
+from exprag.results import (
+    PRIMARY, SECONDARY, USUAL, Episode, EpisodeFile, Question, Results, Run, answer, contrast_table,
+    endings_table, load_results, plot_results, plot_types, read_episodes, results_table,
+    run_directory, types_table)
+from exprag.statistics import Bootstrap, hierarchical_bootstrap
+from exprag.trajectory import Step, Table, Task, Trajectory, json_line
 
 PANEL = tuple(Task("scienceworld", kind, str(v), "test") for kind in (*HARD_TYPES[:4], *EASY_TYPES[:3]) for v in (1, 2))
 
 
 def episode(task, score, **provenance):
-    return Trajectory(task, "a goal", "a room", (Step("look around", "a room"),) * 3, score=score, success=score == 100, provenance=provenance)
+    return Trajectory(task, "a goal", "a room", (Step("look around", "a room"),) * 3, score=score, success=score == (1 if task.world == "alfworld" else 100), provenance=provenance)
 
 
 def make_run(folder, name, seed=0, score=lambda task, i: 50, tasks=PANEL, panel=PANEL, **more):
@@ -89,7 +93,7 @@ def test_two_writers_are_refused(tmp_path):
 
 def test_a_new_file_is_in_its_directory_before_anything_counts(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("exprag.results.sync_directory", synced.append)
+    monkeypatch.setattr("exprag.results._sync_directory", synced.append)
     with EpisodeFile(tmp_path / "e.jsonl"): assert synced == [tmp_path]
 
 
@@ -124,10 +128,9 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path):
 # ---- the directory ----
 
 def test_a_different_configuration_is_a_different_directory(tmp_path):
-    one, two = (run_directory(tmp_path, {"name": "LoRA, x/../y", "seed": 0, "panel": {}, "batch_size": b}) for b in (4, 8))
+    one, two = (run_directory(tmp_path, {"name": "LoRA, x/../y", "seed": s, "panel": {}, "k": 2}) for s in (4, 8))
     assert one != two and one.parent == two.parent == tmp_path
-    assert run_directory(tmp_path, {"batch_size": 4, "panel": {}, "seed": 0, "name": "LoRA, x/../y"}) == one
-    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert run_directory(tmp_path, {"k": 2, "panel": {}, "seed": 4, "name": "LoRA, x/../y"}) == one, "the order of the keys is no difference"
 
 
 def test_an_edited_configuration_is_noticed(tmp_path):
@@ -150,7 +153,7 @@ def test_results_are_refused_unless_they_can_be_compared(tmp_path):
     a = make_run(tmp_path / "a", "LoRA")
     with pytest.raises(ValueError, match="3 of 14 episodes"): Results((a, make_run(tmp_path / "b", "zero-shot", tasks=PANEL[:3])))
     with pytest.raises(ValueError, match="only runs of one panel"): Results((a, make_run(tmp_path / "c", "zero-shot", tasks=PANEL[:3], panel=PANEL[:3])))
-    with pytest.raises(ValueError, match="different configurations"): Results((a, make_run(tmp_path / "d", "LoRA", batch_size=2)))
+    with pytest.raises(ValueError, match="both 'LoRA', seed 0, and differ in policy.weights; give one another name"): Results((a, make_run(tmp_path / "d", "LoRA", policy={"weights": "b"})))
     with pytest.raises(ValueError, match="no runs"): Results(())
     with pytest.raises(ValueError, match="no runs in"): load_results(tmp_path / "nowhere")
 
@@ -175,27 +178,28 @@ def gap(tmp_path):
 
 def test_tables_are_computed_from_the_episodes(tmp_path):
     results = gap(tmp_path)
-    table = results_table(results, on="hard", draws=500, seconds=True)
+    table = results_table(results, on="hard", how=Bootstrap(500), seconds=True)
     assert [r[0] for r in table.rows] == ["LoRA", "ExpRAG-LoRA"] and table.rows[0][1] == "2"
     assert table.rows[0][2].startswith("14.5 [") and table.rows[1][3].startswith("4/8 [") and table.rows[1][-1] == "1.5"
     assert table.rows[0][4:8] == ("3.0", "100", "40", "9")
     types = types_table(results, on="easy")
     assert types.header == ("task type", "LoRA", "ExpRAG-LoRA") and len(types.rows) == 3
-    assert str(results_table(results, draws=300)) == str(results_table(load_results(tmp_path), draws=300))
+    assert str(results_table(results, how=Bootstrap(300))) == str(results_table(load_results(tmp_path), how=Bootstrap(300)))
 
 
 def test_the_table_says_what_nobody_knows(tmp_path):
     make_run(tmp_path, "LoRA", unknown=["some-7B"])
-    assert results_table(load_results(tmp_path), draws=200).caption.endswith("Nobody can say what went into: some-7B.")
+    assert results_table(load_results(tmp_path), how=Bootstrap(200)).caption.endswith("Nobody can say what went into: some-7B.")
 
 
 def test_the_primary_contrast_stands_apart(tmp_path):
     results = gap(tmp_path)
-    table = contrast_table(results, draws=500)
+    table = contrast_table(results, how=Bootstrap(500))
     assert [r[0] for r in table.rows] == ["primary", "secondary", "secondary"] and table.rows[0][1] == str(PRIMARY) and table.rows[0][5] == ""
     assert "Not run: ExpRAG-LoRA minus LoRA, retrieval at test only" in table.caption
-    assert float(table.rows[0][4]) == 2 / 2 ** 4
-    own = contrast_table(results, Question("LoRA", "ExpRAG-LoRA", "easy"), (), draws=200)
+    assert float(table.rows[0][4]) == round(2 / 2 ** 8, 4), "four hard types of two tasks: eight episodes are the unit"
+    assert "8 episodes within 4 task types; 6 episodes within 3 task types" in table.caption and "Seeds, drawn apart: ExpRAG-LoRA 1, LoRA 2." in table.caption
+    own = contrast_table(results, Question("LoRA", "ExpRAG-LoRA", "easy"), (), Bootstrap(200))
     assert len(own.rows) == 1 and own.rows[0][2].startswith("-") and "Not run" not in own.caption
     assert answer(results, SECONDARY[-1]) is None
 
@@ -206,7 +210,7 @@ def test_one_adapter_run_in_two_conditions_brings_its_luck_to_both(tmp_path):
             own = {0: "aaaa", 1: "bbbb"}[seed] if folder != "unknown" else None
             make_run(tmp_path / folder, "LoRA", seed, lambda t, i: 5 + i + luck, policy={"weights": own})
             make_run(tmp_path / folder, "LoRA, retrieval at test only", seed, lambda t, i: 8 + 2 * i + luck, policy={"weights": weights.get(seed)})
-    gaps = {f.name: answer(load_results(f), Question("LoRA, retrieval at test only", "LoRA"), draws=500).gap for f in tmp_path.iterdir()}
+    gaps = {f.name: answer(load_results(f), Question("LoRA, retrieval at test only", "LoRA"), Bootstrap(500)).gap for f in tmp_path.iterdir()}
     assert gaps["other"] == gaps["unknown"] and gaps["other"].estimate == gaps["same"].estimate
     assert gaps["same"].high - gaps["same"].low < 0.5 * (gaps["other"].high - gaps["other"].low)
 
@@ -221,11 +225,113 @@ def test_endings_are_counted_over_all_seeds(tmp_path):
     assert table.rows == (("LoRA", "28", "1", "14", "1", "12"),) and "context: the prompt no longer fitted" in table.caption and "asleep:" not in table.caption
 
 
-def test_one_type_alone_gives_no_interval(tmp_path):
-    make_run(tmp_path, "LoRA", tasks=PANEL[:2], panel=PANEL[:2])
+def test_an_answer_uses_the_bootstrap_it_is_given(tmp_path):
+    results, q = gap(tmp_path), Question("ExpRAG-LoRA", "LoRA", "easy")
+    wide, narrow = (answer(results, q, Bootstrap(500, level)) for level in (0.95, 0.5))
+    assert (wide.a, wide.b) == ("ExpRAG-LoRA", "LoRA") and str(q) == "ExpRAG-LoRA minus LoRA, easy, score"
+    assert wide.gap.low <= narrow.gap.low <= narrow.gap.high <= wide.gap.high and (wide.gap.level, narrow.gap.level) == (0.95, 0.5)
+    assert str(answer(results, q, Bootstrap(500))) == str(wide), "seeded"
+    successes = answer(results, Question("ExpRAG-LoRA", "LoRA", "hard", "success"), Bootstrap(200))
+    assert successes.gap.estimate == 50 and successes.better == 2, "two of four types, each with both episodes"
+    assert answer(results, Question("ExpRAG-LoRA", "replay")) is None, "one of its conditions was not run"
+
+
+def test_success_has_a_count_and_an_interval(tmp_path):
+    results = gap(tmp_path)
+    one, two = ({r[0]: r[3] for r in results_table(results, how=Bootstrap(300)).rows}[n] for n in ("ExpRAG-LoRA", "LoRA"))
+    how = Bootstrap(300)
+    interval = hierarchical_bootstrap(results.outcomes("ExpRAG-LoRA", "success"), how=how)
+    assert one == f"4/14 [{interval.low:.0f}%, {interval.high:.0f}%]", "seven types of two episodes: the types are the unit"
+    assert two == "0/14 [0%, 35%]", "no success: Wilson's for seven types, since a bootstrap would give no width"
+    four = {on: {r[0]: r[3] for r in results_table(results, on=on, how=how).rows} for on in ("easy", "hard")}
+    assert four["hard"]["ExpRAG-LoRA"] == "4/8 [22%, 78%]", "few types, one seed: Wilson's for eight episodes"
+    for seed, solved in ((0, 1), (1, 2)): make_run(tmp_path / "mean", "LoRA", seed, lambda t, i: 100 if i < solved else 0)
+    mean = load_results(tmp_path / "mean")
+    how = Bootstrap(300)
+    interval = hierarchical_bootstrap(mean.outcomes("LoRA", "success"), how=how)
+    assert results_table(mean, how=how).rows[0][3] == f"1.5/14 [{interval.low:.0f}%, {interval.high:.0f}%]", "else the bootstrap's"
+
+
+def test_fewer_than_six_units_give_no_interval_and_no_small_p(tmp_path):
+    few = [t for t in PANEL if t.variation == "1"][:3]
+    for name in ("LoRA", "ExpRAG-LoRA"): make_run(tmp_path, name, 0, lambda t, i: 50 + 10 * (name != "LoRA"), tasks=few, panel=few)
     results = load_results(tmp_path)
-    assert results_table(results).rows[0][2] == "50.0"
+    table, row = results_table(results), contrast_table(results).rows[0]
+    assert table.rows[0][2] == "50.0" and "Unit of intervals and tests: 3 task types. Fewer than 6 units" in table.caption
+    assert row[2] == "+10.0" and row[4] == ">= 0.25" and contrast_table(results, Question("ExpRAG-LoRA", "LoRA", measure="steps"), [PRIMARY]).rows[1][5] == "-"
+    assert table.rows[0][3] == "0/3 [0%, 56%]", "independent episodes have Wilson's interval, however few"
     plot_results(results)
+
+
+GAMES = [Task("alfworld", kind, f"Mug-None-Fridge-{room}/trial_{i}", "test") for kind in ("pick_cool_then_place_in_recep", "pick_heat_then_place_in_recep", "pick_two_obj_and_place") for room in (1, 2, 3) for i in (1, 2)]
+
+
+def test_what_a_world_calls_alike_is_one_unit(tmp_path):
+    "ALFWorld's trials of one goal in one room; 18 games in 9 groups."
+    for seed in (0, 1): make_run(tmp_path, "ExpRAG-LoRA", seed, lambda t, i: int(i % 5 > seed), tasks=GAMES, panel=GAMES)
+    make_run(tmp_path, "LoRA", 0, lambda t, i: int(i % 6 == 0), tasks=GAMES, panel=GAMES)
+    results, how = load_results(tmp_path), Bootstrap(400)
+    assert results.outcomes("LoRA").groups[0] == ("Mug-None-Fridge-1",) * 2 + ("Mug-None-Fridge-2",) * 2 + ("Mug-None-Fridge-3",) * 2
+    found = answer(results, PRIMARY, how)
+    assert str(found.unit) == "9 groups of alike episodes within 3 task types" and found.p >= found.unit.least_p
+    assert f"{found.unit}." in contrast_table(results, how=how).caption and f"{found.unit}." in results_table(results, how=how).caption
+    success = hierarchical_bootstrap(results.outcomes("LoRA", "success"), how=how)
+    assert {r[0]: r[3] for r in results_table(results, how=how).rows}["LoRA"].endswith(f"[{success.low:.0f}%, {success.high:.0f}%]"), "alike episodes are not Wilson's"
+
+
+def test_conditions_with_one_and_with_three_seeds_stand_in_one_table(tmp_path):
+    "Without an adapter one seed is all there is; with one, the table says that its luck is not in the interval."
+    make_run(tmp_path, "zero-shot", 0, lambda t, i: i, condition={"adapter": "none"})
+    make_run(tmp_path, "LoRA", 0, lambda t, i: 2 * i, condition={"adapter": "lora"})
+    for seed in (0, 1, 2): make_run(tmp_path, "ExpRAG-LoRA", seed, lambda t, i: 40 + 10 * seed + i, condition={"adapter": "exprag-lora"})
+    results, how = load_results(tmp_path), Bootstrap(400)
+    table = results_table(results, how=how)
+    assert [(r[0], r[1]) for r in table.rows] == [("zero-shot", "1"), ("LoRA", "1"), ("ExpRAG-LoRA", "3")] and "One training seed, whose luck no interval holds: LoRA." in table.caption
+    contrasts = contrast_table(results, Question("ExpRAG-LoRA", "zero-shot"), how=how)
+    assert "Seeds, drawn apart: ExpRAG-LoRA 3, zero-shot 1, LoRA 1." in contrasts.caption and contrasts.rows[0][2].startswith("+50.0 [")
+    gap, alone = answer(results, Question("ExpRAG-LoRA", "zero-shot"), how).gap, answer(load_results(tmp_path, names=["LoRA", "zero-shot"]), Question("LoRA", "zero-shot"), how).gap
+    assert gap.high - gap.low > 10 and alone.low > 0, "the luck of three seeds is in the interval"
+
+
+# ---- names ----
+
+def sweep(tmp_path, *settings, name="ExpRAG-LoRA", seeds=(0, 1)):
+    for more in settings:
+        for seed in seeds: make_run(tmp_path, name, seed, policy={"weights": f"w{seed}"}, **({"condition": {"k": 2, "composition": "matched", "seed": seed, **more}} if "memory" not in more else {"condition": {"k": 2}, **more}))
+    return load_results(tmp_path)
+
+
+def test_a_sweep_in_one_directory_is_told_apart(tmp_path):
+    results = sweep(tmp_path / "a", {}, {"k": 4}, {"k": 1}, {"composition": "empty"}, {"outcomes": "all"})
+    assert sorted(results.names) == ["ExpRAG-LoRA", "ExpRAG-LoRA, composition=empty", "ExpRAG-LoRA, k=1", "ExpRAG-LoRA, k=4", "ExpRAG-LoRA, outcomes=all"]
+    assert all([r.seed for r in results.of(n)] == [0, 1] for n in results.names) and results.names[0] == "ExpRAG-LoRA"
+    assert load_results(tmp_path / "a", names=["ExpRAG-LoRA, k=4", "ExpRAG-LoRA"]).names == ("ExpRAG-LoRA, k=4", "ExpRAG-LoRA")
+    views = sweep(tmp_path / "b", *({"memory": {"retriever": {"encoder": "minilm"}, "view": v}} for v in ("actions", "chat")))
+    assert views.names == ("ExpRAG-LoRA, view=actions", "ExpRAG-LoRA, view=chat")
+    alone = sweep(tmp_path / "c", {"k": 4})
+    assert alone.names == ("ExpRAG-LoRA",), "nothing to be told from"
+    replayed = sweep(tmp_path / "d", {"k": 1}, {"k": 3}, name="replay", seeds=(0,))
+    assert replayed.names == ("replay", "replay, k=3")
+
+
+def test_usual_values_are_those_of_the_conditions():
+    from exprag.evaluation import CONDITIONS
+    assert all(getattr(c, field) == (1 if (c.name, field) == ("replay", "k") else value) for c in CONDITIONS.values() for field, value in USUAL.items())
+
+
+def test_seeds_with_other_settings_are_not_one_condition(tmp_path):
+    make_run(tmp_path, "LoRA", 0, condition={"k": 2})
+    make_run(tmp_path, "LoRA", 1, condition={"k": 4})
+    assert load_results(tmp_path).names == ("LoRA", "LoRA, k=4")
+
+
+def test_runs_that_nothing_tells_apart_are_refused(tmp_path):
+    one = make_run(tmp_path, "LoRA", policy={"weights": "a"})
+    make_run(tmp_path, "LoRA", policy={"weights": "b"})
+    with pytest.raises(ValueError, match=r"differ in policy.weights; give one another name, such as condition\(..., name='LoRA, epoch 2'\)"): load_results(tmp_path)
+    shutil.rmtree(next(p for p in tmp_path.iterdir() if p != one.folder))
+    shutil.copytree(one.folder, tmp_path / "copy")
+    with pytest.raises(ValueError, match="and differ in nothing"): load_results(tmp_path)
 
 
 def test_shown_text_is_escaped():
@@ -241,7 +347,7 @@ def test_figures_show_every_condition_and_type(tmp_path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = gap(tmp_path)
-    bars = plot_results(results, draws=200)
+    bars = plot_results(results, how=Bootstrap(200))
     assert [t.get_text() for t in bars.get_yticklabels()] == ["LoRA", "ExpRAG-LoRA"] and bars.get_xlabel()
     dumbbells = plot_types(results, on="hard")
     assert sorted(t.get_text() for t in dumbbells.get_yticklabels()) == sorted(HARD_TYPES[:4])

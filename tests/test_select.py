@@ -1,4 +1,4 @@
-"""Selection: the one exclusion rule, stages that give reasons, compositions of the index, adapted experience."""
+"""Selection: the one exclusion rule, stages that give reasons, compositions of the index, when to ask."""
 import json
 from dataclasses import replace
 
@@ -7,12 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoders import Letters
-from exprag.alfworld_grammar import in_words_of
-from exprag.query import Hit, Retriever
-from exprag.select import (COMPOSITIONS, Candidate, Memory, NoMemory, Selection, adapt, adapt_to_goal, composition, exclude_same_task, noun_mapping,
-                           order, run_stages, same_task, substitute, successes_only, token_budget, top_k)
-from exprag.store import VIEWS, Store, actions
-from exprag.trajectory import Step, Task, Trajectory
+from exprag.query import Retriever
+from exprag.select import (
+    COMPOSITIONS, Every, Memory, NoMemory, Once, Selection, Stage, are_siblings, composition, exclude_same_task, exclude_siblings, order, run_stages,
+    successes_only, token_budget, top_k)
+from exprag.store import Store
+from exprag.trajectory import Step, Task, Trajectory, same_task
+from exprag.views import Experience, Hit, register_view, render
+from exprag.world import in_dialect
 
 
 def episode(i, type="boil", fold="train", goal=None, success=True, steps=3, world="scienceworld", tag=""):
@@ -39,7 +41,7 @@ def standing(type="grow-plant", i=50, fold="test", **more):
 
 
 def candidates(*episodes):
-    return [Candidate(Hit(e.id, 1 - r / 10, r), e) for r, e in enumerate(episodes, 1)]
+    return [Experience(e, Hit(e.id, 1 - r / 10, r)) for r, e in enumerate(episodes, 1)]
 
 
 # The one rule
@@ -54,6 +56,25 @@ def test_same_task():
     assert same_task(replace(a, provenance={"x": 1}), a)
 
 
+def test_siblings_have_one_goal_and_type_and_are_other_tasks():
+    a = episode(1, goal="Put a Mug  in the desk")
+    sibling, same, other_type, other_goal = episode(2, goal="put a mug in the desk"), episode(1, goal="put a mug in the desk", steps=1), episode(2, "melt", goal=a.goal), episode(2)
+    assert [are_siblings(a, b) for b in (a, sibling, same, other_type, other_goal, episode(2, goal=a.goal, world="alfworld"))] == [False, True] + [False] * 4
+    stages = (exclude_same_task(), exclude_siblings())
+    kept, dropped = run_stages(stages, a, candidates(same, sibling, other_type, other_goal))
+    assert [e.trajectory for e in kept] == [other_type, other_goal]
+    assert [(d.stage, d.reason) for d in dropped] == [("exclude_same_task", "it is the task at hand"), ("exclude_siblings", "it is another task with the same goal")]
+
+
+def test_siblings_are_excluded_only_where_asked_for(retriever, store):
+    attempts = [episode(i, "grow-plant", goal="grow a plant") for i in range(20, 60)]
+    store.add_many(attempts)
+    me = standing(i=99, goal="Grow a plant")
+    asked, plain = (Memory(retriever, (exclude_same_task(), *more, successes_only(), top_k(2)), composition="matched") for more in ([exclude_siblings()], []))
+    assert all(are_siblings(me, e.trajectory) for e in plain.recall(me)) and plain.fingerprint == Memory(retriever, composition="matched").fingerprint
+    assert len(asked.recall(me)) == 2 and not any(are_siblings(me, e.trajectory) for e in asked.recall(me)), "the pool grows past forty siblings"
+
+
 # Composition
 
 
@@ -64,7 +85,7 @@ def test_compositions(store):
     assert get("all", hard) == E | H and get("easy", hard) == E and get("hard", hard) == H and get("empty", hard) == set()
     assert get("matched", hard) == H and get("mismatched", hard) == E and get("matched", easy) == E and get("mismatched", easy) == H
     assert all(store.get(i).task.fold == "train" and store.get(i).task.world == "scienceworld" for c in COMPOSITIONS for i in composition(store, c, hard))
-    with pytest.raises(ValueError, match="'everything' is unknown; there are all, easy"):
+    with pytest.raises(ValueError, match="unknown composition 'everything'.*all, easy"):
         composition(store, "everything", hard)
 
 
@@ -75,29 +96,29 @@ def test_stages_give_reasons():
     me, failed, unknown = episode(1), episode(2, success=False), replace(episode(3), score=None, success=None)
     stages = (exclude_same_task(), successes_only(), top_k(1))
     kept, dropped = run_stages(stages, me, candidates(me, failed, unknown, episode(4), episode(5)))
-    assert [c.experience for c in kept] == [episode(4)]
+    assert [e.trajectory for e in kept] == [episode(4)]
     assert [(d.stage, d.reason) for d in dropped] == [("exclude_same_task", "it is the task at hand"), ("successes_only", "it failed"),
                                                       ("successes_only", "how it ended is not known"), ("top_k", "1 were nearer")]
-    assert [d.task for d in dropped] == [e.task for e in (me, failed, unknown, episode(5))]
+    assert [d.experience.task for d in dropped] == [e.task for e in (me, failed, unknown, episode(5))]
 
 
 def test_token_budget_skips_what_does_not_fit():
     count = lambda text: len(text.split())
     short, long = episode(1, steps=1), episode(2, steps=50)
-    size = count(actions(short))
+    size = count(render(short))
     stage = token_budget(2 * size, count)
     kept, dropped = stage(standing(), candidates(short, long, episode(3, steps=1), episode(4, steps=1)))
-    assert [c.experience.task.variation for c in kept] == ["1", "3"] and [d.id for d in dropped] == [long.id, episode(4, steps=1).id]
+    assert [e.task.variation for e in kept] == ["1", "3"] and [d.id for d in dropped] == [long.id, episode(4, steps=1).id]
     assert dropped[1].reason == f"it needs {size} tokens and 0 of {2 * size} are left"
     assert stage.describe()["max_tokens"] == 2 * size and json.dumps(stage.describe())
     assert token_budget(5, count, label="words").describe()["count"] == "words"
-    with pytest.raises(KeyError, match="view 'nonsense'"):
+    with pytest.raises(ValueError, match="view 'nonsense'"):
         token_budget(5, count, view="nonsense")
 
 
 def test_order_and_bad_settings():
     kept, _ = order("nearest_last")(standing(), candidates(episode(1), episode(2)))
-    assert [c.hit.rank for c in kept] == [2, 1]
+    assert [e.hit.rank for e in kept] == [2, 1]
     for wrong in (lambda: order("random"), lambda: top_k(-1)):
         with pytest.raises(ValueError):
             wrong()
@@ -107,7 +128,7 @@ def test_order_and_bad_settings():
 def test_every_candidate_is_kept_or_dropped_once(variations, k):
     found = candidates(*(episode(v, tag=str(i), success=bool(v % 2)) for i, v in enumerate(variations)))
     kept, dropped = run_stages((exclude_same_task(), successes_only(), top_k(k)), episode(3), found)
-    assert sorted([c.hit.id for c in kept] + [d.id for d in dropped]) == sorted(c.hit.id for c in found) and len(kept) <= k
+    assert sorted([e.hit.id for e in kept] + [d.id for d in dropped]) == sorted(e.hit.id for e in found) and len(kept) <= k
 
 
 # Memory
@@ -117,16 +138,16 @@ def test_recall(store, retriever):
     memory = Memory(retriever, composition="matched")
     chosen = memory.recall(standing())
     assert isinstance(chosen, Selection) and len(chosen) == 2 and [e.task.type for e in chosen] == ["grow-plant"] * 2
-    assert chosen.ids == tuple(h.id for h in chosen.hits) == tuple(e.id for e in chosen.experiences) and chosen == memory.recall(standing())
+    assert chosen.ids == tuple(e.hit.id for e in chosen) == tuple(e.trajectory.id for e in chosen.experiences) and chosen == memory.recall(standing())
     own = episode(3, "grow-plant")
-    assert not any(same_task(own, e) for e in memory.recall(replace(own, steps=(), score=None, success=None)))
+    assert not any(same_task(own, e.trajectory) for e in memory.recall(replace(own, steps=(), score=None, success=None)))
 
 
 def test_test_fold_and_failures_are_never_recalled(store, retriever):
     for kind in COMPOSITIONS:
         for query in (standing(i=8, fold="dev"), standing("boil", 9), standing("boil", 7)):
             for e in Memory(retriever, (exclude_same_task(), successes_only(), top_k(100)), kind).recall(query):
-                assert e.task.fold == "train" and e.success and not same_task(e, query)
+                assert e.task.fold == "train" and e.success and not same_task(e.trajectory, query)
 
 
 def test_pool_grows_until_the_places_are_filled(store, retriever):
@@ -145,13 +166,13 @@ def test_nothing_is_legal(store, retriever):
 
 def test_explain_names_everybody(store, retriever):
     text = str(Memory(retriever, composition="hard").recall(standing()).explain(None))
-    assert text.count("\n") == 10 and "taken" in text and "dropped: top_k" in text and "2 were nearer" in text
+    assert text.count("\n") == 11 and "taken" in text and "dropped: top_k" in text and "2 were nearer" in text
     assert "... and 7 more" in str(Memory(retriever, composition="hard").recall(standing()).explain(3))
 
 
 def test_descriptions_and_fingerprints(store, retriever):
     make = lambda **kw: Memory(retriever, **kw)
-    memories = [make(), make(composition="hard"), make(stages=(top_k(2),)), make(stages=(top_k(3),)), make(view="chat"), make(adapted=True), make(pool=10), NoMemory()]
+    memories = [make(), make(composition="hard"), make(stages=(top_k(2),)), make(stages=(top_k(3),)), make(view="chat"), make(when=Every(1)), make(when=Every(2)), make(pool=10), NoMemory()]
     assert len({m.fingerprint for m in memories}) == len(memories)
     assert make().fingerprint == make().fingerprint and all(json.loads(json.dumps(m.describe())) == m.describe() for m in memories)
     assert make().describe()["kind"] == "retrieved" and NoMemory().describe() == {"kind": "none"}
@@ -163,22 +184,10 @@ def test_descriptions_and_fingerprints(store, retriever):
 def test_memory_refuses_what_cannot_be(retriever):
     with pytest.raises(ValueError, match="composition"):
         Memory(retriever, composition="some")
-    with pytest.raises(KeyError, match="view"):
+    with pytest.raises(ValueError, match="view"):
         Memory(retriever, view="nonsense")
     with pytest.raises(ValueError, match="give both the same view"):
         Memory(retriever, (token_budget(9, len, view="chat"),), view="actions")
-
-
-def test_adapted_memory_counts_what_is_read(store, retriever):
-    seen = []
-    count = lambda text: seen.append(text) or 1
-    store.add(episode(60, "grow-plant", goal="grow a apple plant from seed"))
-    memory = Memory(retriever, (exclude_same_task(), token_budget(9, count), top_k(1)), "hard", adapted=True)
-    assert [s.name for s in memory.stages] == ["exclude_same_task", "adapt_to_goal", "token_budget", "top_k"]
-    chosen = memory.recall(standing(goal="grow a lemon plant from seed"))
-    assert chosen.experiences[0].goal == "grow a lemon plant from seed" and chosen.ids[0] == episode(60, "grow-plant", goal="grow a apple plant from seed").id
-    assert any("lemon" in text for text in seen) and not any("apple" in text for text in seen)
-    assert Memory(retriever, (top_k(1),), adapted=True).stages[-1].name == adapt_to_goal().name
 
 
 def test_filters_narrow_the_search(store, retriever):
@@ -190,7 +199,7 @@ def test_filters_narrow_the_search(store, retriever):
         Memory(retriever, only={"colour": "blue"})
 
 
-@pytest.mark.parametrize("only, wanted", [({"namespace": "team"}, {"0", "1"}), ({"authors": ["ann"]}, {"1", "2"}), ({"since": 0.0}, None), ({"until": 1.0}, set()),
+@pytest.mark.parametrize("only, wanted", [({"namespace": "team"}, {"0", "1"}), ({"authors": ["ann"]}, {"1", "2"}), ({"added": [0.0, None]}, None), ({"added": [None, 1.0]}, set()),
                                           ({"namespace": "team", "authors": ["ann"]}, {"1"})])
 def test_filters_by_namespace_author_and_date(store, retriever, only, wanted):
     store.add_many([episode(i, "boil", tag="n", goal=f"boil the kettle {i}") for i in (0,)], namespace="team")
@@ -201,54 +210,40 @@ def test_filters_by_namespace_author_and_date(store, retriever, only, wanted):
 
 
 def test_notes_of_stages_are_explained():
-    kept = Candidate(Hit("a", 0.9, 1), episode(1), "told in brief")
-    chosen = Selection((kept.experience,), (kept.hit,), (), (kept.note,))
-    assert "place 1; told in brief" in str(chosen.explain()) and "place 1" in str(Selection((kept.experience,), (kept.hit,)).explain())
+    kept = Experience(episode(1), Hit("a", 0.9, 1), note="in brief")
+    assert "place 1; in brief" in str(Selection((kept,)).explain()) and "place 1" in str(Selection((replace(kept, note=""),)).explain())
+    assert "<table" in Selection((kept,))._repr_html_()
 
 
-# Adapting
+def test_experience_without_a_hit_is_explained():
+    given = Selection((Experience(episode(1)),))
+    assert given.ids == (episode(1).id,) and given.explain().rows == (("", "", episode(1).id[:8], str(episode(1).task), "taken", "place 1"),)
 
 
-@pytest.mark.parametrize("old, new, mapping", [
-    ("grow a apple plant. Seeds are in the kitchen.", "grow a lemon plant. Seeds are in the bedroom.", {"apple": "lemon", "kitchen": "bedroom"}),
-    ("Put it in the red box, not in the green box.", "Put it in the green box, not in the red box.", {"red": "green", "green": "red"}),
-    ("measure the temperature of unknown substance B, which is in the hall", "measure the temperature of metal fork, which is in the living room", {"unknown substance b": "metal fork", "hall": "living room"}),
-    ("planes (C, B) differ", "planes (G, H) differ", {"C": "G", "B": "H"}),
-    ("boil water.", "Grow a plant from the seed in the garden, then wait for the fruit.", {}),  # too unlike
-    ("the 4 life stages of the turtle", "the 3 life stages of the wolf", {"turtle": "wolf"}),  # no numbers
-    ("move it to the box", "move it on the box", {}),  # no function words
-    ("same", "same", {}), ("", "", {}), ("", "word", {}),
-])
-def test_noun_mapping(old, new, mapping):
-    assert noun_mapping(old, new) == mapping
-    assert not mapping or "4" in old or substitute(old, mapping) == new
+def test_a_stage_of_ones_own(retriever):
+    def run(trajectory, experiences):
+        return [(replace(e, note=f"{len(e)} steps"), None if len(e) < 4 else "too long") for e in experiences]
+    memory = Memory(retriever, (exclude_same_task(), Stage("short_only", run), top_k(2)))
+    retriever.store.add(episode(70, "grow-plant", steps=9))
+    chosen = memory.recall(standing())
+    assert [e.note for e in chosen] == ["3 steps"] * 2 and [d.reason for d in chosen.dropped if d.stage == "short_only"] == ["too long"]
+    assert {"stage": "short_only"} in memory.describe()["stages"]
 
 
-def test_substitute_whole_words_longest_first_all_at_once():
-    mapping = {"apple": "lemon", "lemon": "apple", "apple juice": "tea", "room": "hall"}
-    assert substitute("Apple, pineapple, apple juice and lemon in the bedroom room. APPLE", mapping) == "Lemon, pineapple, tea and apple in the bedroom hall. Lemon"
-    assert substitute("plane B or b", {"B": "C"}) == "plane C or b" and substitute("a.b (c)", {"c": r"\1"}) == r"a.b (\1)"
+def test_when_to_ask():
+    def at(steps): return episode(1, steps=steps)
+    assert not any(Once()(at(n), at(0)) for n in range(5))
+    assert [Every(2)(at(n), at(1)) for n in (1, 2, 3, 4)] == [False, False, True, True] and Every()(at(1), at(0)) and not Every()(at(1), at(1))
+    assert (Once().describe(), Every(3).describe()) == ({"when": "once"}, {"when": "every", "steps": 3})
 
 
-@given(st.text(max_size=60), st.text(max_size=60))
-def test_mapping_any_two_texts_is_safe(old, new):
-    mapping = noun_mapping(old, new)
-    assert isinstance(substitute(old, mapping), str) and all(k and v and k.lower() != v.lower() for k, v in mapping.items())
+def test_no_memory_has_the_interface_of_a_memory(retriever):
+    with_, without = Memory(retriever), NoMemory()
+    assert without.when == with_.when == Once() and without.view == with_.view == "actions" and without.composition == "empty"
+    assert without.recall(standing()) == Selection() and without.fingerprint != with_.fingerprint and repr(without) == "NoMemory()"
 
 
-def test_adapt_rewrites_all_of_an_episode_and_nothing_else():
-    experience = replace(episode(1, "grow-plant", goal="grow a apple in the kitchen"), first_observation="The kitchen. An apple seed.",
-                         steps=(Step("pick up apple seed", "You hold the apple seed.", 1.0, thought="Apple it is"), Step("go to kitchen", "Kitchen.")), provenance={"actor": "expert"})
-    adapted = adapt(experience, "grow a lemon in the bedroom")
-    assert adapted.goal == "grow a lemon in the bedroom" and adapted.actions == ("pick up lemon seed", "go to bedroom")
-    assert adapted.observations == ("The bedroom. An lemon seed.", "You hold the lemon seed.", "Bedroom.") and adapted.steps[0].thought == "Lemon it is"
-    assert adapted.provenance == {"actor": "expert", "adapted_from": experience.id, "mapping": {"apple": "lemon", "kitchen": "bedroom"}}
-    assert (adapted.task, adapted.score, adapted.steps[0].reward) == (experience.task, experience.score, 1.0)
-    assert adapt(experience, experience.goal) is experience and adapt(experience, "boil water") is experience
-    assert adapt(experience, "grow a lemon in the bedroom") == adapted
-
-
-# The agent's language
+# The agent's dialect
 
 
 def household(i, grammar, walks=6):
@@ -258,29 +253,29 @@ def household(i, grammar, walks=6):
                       settings={"grammar": grammar})
 
 
-def test_a_budget_counts_the_language_that_is_read(tmp_path):
+def test_a_budget_counts_the_dialect_that_is_read(tmp_path):
     count = lambda text: len(text.split())
     with Store(tmp_path / "b.db") as store:
         store.add_many([household(i, "move") for i in range(4)])
         agent = replace(household(9, "put"), steps=(), score=None, success=None)
-        as_stored, as_read = count(actions(household(0, "move"))), count(actions(household(0, "put")))
+        as_stored, as_read = count(render(household(0, "move"))), count(render(household(0, "put")))
         assert as_read > as_stored + 10  # a cue is the first sentence, and on arriving that is another one
         room = 2 * as_stored  # two would fit if they were read as they are stored
         chosen = Memory(Retriever(store, Letters()), (exclude_same_task(), successes_only(), token_budget(room, count), top_k(3))).recall(agent)
-        read = [in_words_of(e, agent.settings) for e in chosen]
-        assert sum(count(actions(e)) for e in read) <= room and len(chosen) == 1
+        assert sum(count(render(e)) for e in chosen) <= room and len(chosen) == 1
+        assert [e.trajectory for e in chosen] == [in_dialect(store.get(id), agent.settings) for id in chosen.ids]
 
 
-def test_experience_comes_in_the_agents_language_and_says_whose_it_was(tmp_path):
+def test_experience_comes_in_the_agents_dialect_under_its_own_id(tmp_path):
     with Store(tmp_path / "b.db") as store:
         store.add_many([household(i, "put" if i else "move") for i in range(2)])
-        memory, agent = Memory(Retriever(store, Letters()), adapted=True), replace(household(9, "move"), steps=(), score=None, success=None)
+        memory, agent = Memory(Retriever(store, Letters())), replace(household(9, "move"), steps=(), score=None, success=None)
         mine, other = sorted(memory.recall(agent), key=lambda e: e.task)
-        assert other.actions == household(1, "move").actions and {e.settings["grammar"] for e in (mine, other)} == {"move"}
-        assert other.provenance["adapted_from"] == household(1, "put").id and set(memory.recall(agent).ids) == set(store.find())
+        assert other.actions == household(1, "move").actions and {e.trajectory.settings["grammar"] for e in (mine, other)} == {"move"}
+        assert other.id == household(1, "put").id != other.trajectory.id and set(memory.recall(agent).ids) == set(store.find())
         unstated = replace(agent, settings={})  # an agent whose world does not say what it speaks reads what is stored
-        assert {e.settings["grammar"] for e in memory.recall(unstated)} == {"put", "move"}
-        assert "in_agent_words" not in str(memory.describe())  # nothing to choose, so no fingerprint changes
+        assert {e.trajectory.settings["grammar"] for e in memory.recall(unstated)} == {"put", "move"}
+        assert "dialect" not in str(memory.describe())  # nothing to choose, so no fingerprint changes
 
 
 def test_only_what_is_taken_is_translated(tmp_path):
@@ -290,14 +285,13 @@ def test_only_what_is_taken_is_translated(tmp_path):
         assert len(Memory(Retriever(store, Letters())).recall(replace(household(9, "move"), steps=(), score=None, success=None))) == 1
 
 
-def test_what_was_written_about_episodes_is_left_to_whoever_shows_it(tmp_path):
-    def told(trajectory): return "somebody's words"
-    told.sources = lambda trajectory: (trajectory.id,)
-    VIEWS["told"] = told
-    try:
-        with Store(tmp_path / "b.db") as store:
-            store.add(household(1, "put"))
-            chosen = Memory(Retriever(store, Letters()), view="told").recall(replace(household(9, "move"), steps=(), score=None, success=None))
-            assert chosen.experiences == (household(1, "put"),)  # the agent's chapter refuses it
-    finally:
-        del VIEWS["told"]
+def test_what_was_written_about_episodes_is_not_translated(tmp_path):
+    def summary(experience): return "somebody's words"
+    summary.sources = lambda experience: (experience.id,)
+    view = register_view("summary of a test", summary)
+    with Store(tmp_path / "b.db") as store:
+        store.add(household(1, "put"))
+        memory, agent = Memory(Retriever(store, Letters()), view=view), replace(household(9, "put"), steps=(), score=None, success=None)
+        assert [render(e, view) for e in memory.recall(agent)] == ["somebody's words"]
+        with pytest.raises(ValueError, match="another grammar than 'move'.*write it from translated episodes, or show another view"):
+            memory.recall(replace(agent, settings={"grammar": "move"}))

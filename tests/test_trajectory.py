@@ -11,7 +11,8 @@ from hypothesis import given, strategies as st
 from trajectory_strategies import calm, example, mapping, number, tasks, trajectories
 
 from exprag.trajectory import (
-    FrozenMap, SCHEMA_VERSION, Step, Task, Trajectory, TrajectoryError, iter_jsonl, normalise_score, read_jsonl, replacing, write_jsonl)
+    FrozenMap, SCHEMA_VERSION, Step, Table, Task, Trajectory, TrajectoryError, digest, iter_jsonl, known,
+    read_jsonl, replacing, write_json, write_jsonl)
 
 
 # -- values
@@ -132,11 +133,13 @@ def test_finished_is_finished():
     with pytest.raises(TrajectoryError, match="finished"): example(score=3).with_step(Step("a", "b"))
 
 
-def test_scores():
-    assert [normalise_score("scienceworld", s) for s in (-100, 0, 50, 100)] == [0, 0, 0.5, 1]
-    assert example(score=50).normalised_score == 0.5 and example().normalised_score is None
-    for world, raw in (("scienceworld", 101), ("scienceworld", float("nan")), ("nowhere", 1)):
-        with pytest.raises(ValueError): normalise_score(world, raw)
+def test_an_episode_before_its_first_action():
+    finished = example(score=5, provenance={"actor": "expert"}, extra={"cost": 3}, world_version="1.2.3")
+    opening = finished.opening()
+    assert (opening.task, opening.goal, opening.first_observation) == (finished.task, finished.goal, finished.first_observation)
+    assert (opening.settings, opening.world_version) == (finished.settings, "1.2.3"), "the settings decide the dialect"
+    assert (opening.steps, opening.score, opening.success, opening.provenance, opening.extra) == ((), None, None, {}, {})
+    assert opening.with_step(finished.steps[0]).id == finished.id and opening.opening() == opening
 
 
 # -- files
@@ -193,12 +196,54 @@ def test_bom_and_windows_line_ends(tmp_path):
     assert len(read_jsonl(path)[0]) == 2
 
 
+# -- what all chapters share
+
+def test_digest_is_of_the_value():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+    assert len(digest("x")) == 16 and digest("x", 32).startswith(digest("x"))
+    with pytest.raises(ValueError): digest(float("nan"))
+
+
+def test_json_is_written_whole(tmp_path):
+    path = write_json(tmp_path / "a.json", {"b": 1, "a": "é"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é", "b": 1}
+    with pytest.raises(TypeError): write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8"))["b"] == 1 and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_unknown_name_is_refused_with_near_and_all():
+    assert known("boil", ("boil", "melt"), "task type") == "boil"
+    with pytest.raises(ValueError, match=r"unknown task type 'boyl'; did you mean 'boil'\? The 2 known: boil, melt"):
+        known("boyl", ("boil", "melt"), "task type")
+    with pytest.raises(ValueError, match="unknown fold 'x'; The 1 known: train"): known("x", ("train",), "fold")
+
+
+TABLE = Table(("name", "n"), (("a|b $x$ <i>", "1"), ("c", "20")), "Two *rows*")
+
+
+def test_a_table_in_three_forms():
+    assert str(TABLE) == repr(TABLE) == "name          n\n---------------\na|b $x$ <i>   1\nc            20\nTwo *rows*"
+    assert str(Table(("name", "n"), (("a", "1"),), right=False)) == "name  n\n-------\na     1"
+    assert TABLE.markdown().splitlines() == ["| name | n |", "| :-- | --: |", r"| a\|b \$x\$ &lt;i&gt; | 1 |", "| c | 20 |", "", r"Two \*rows\*"]
+    html = TABLE._repr_html_()
+    assert "<td>a|b $x$ &lt;i&gt;</td>" in html and "<caption>Two *rows*</caption>" in html and "mathjax_ignore" in html
+
+
+@pytest.mark.parametrize("success, how", [(True, "succeeded"), (False, "failed"), (None, "outcome unknown")])
+def test_an_episode_as_a_table(success, how):
+    episode = example(score=None if success is None else 7.5, success=success, steps=(Step("<b>", "one", -2), Step("wait", "two")))
+    table = episode.table()
+    assert table.rows == (("0", "", "A kitchen.", ""), ("1", "<b>", "one", "-2"), ("2", "wait", "two", ""))
+    assert how in table.caption and "Boil water." in table.caption and ("score 7.5" in table.caption) == (success is not None)
+    assert "<b>" not in episode._repr_html_() and "&lt;b&gt;" in episode._repr_html_()
+
+
 def test_import_is_light():
     code = "import sys, exprag.trajectory; print(any(m in sys.modules for m in ('torch', 'numpy', 'py4j')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_the_chapter_holds_no_other_format():
-    "Conversations live in exprag.chat, and are not handed on from here."
+    "Conversations are in exprag.views."
     import exprag.trajectory
     assert not {"to_messages", "from_messages", "to_sharegpt", "from_sharegpt"} & set(dir(exprag.trajectory))

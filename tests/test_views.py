@@ -1,14 +1,15 @@
-"""Views: what they keep, what they cost, and whose experience they show."""
-import re
+"""Experience and views: what stands in a context, whose it is, how it is written and what it costs."""
+import json
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from exprag.store import VIEWS, actions
 from exprag.trajectory import Step, Task, Trajectory
-from exprag.views import (EXTRACT_LINES, TokenCount, cost, costs, decisive, decisive_steps, excerpt, extract, extract_steps, numbered, pointed,
-                          sources, view, window)
+from exprag.views import (
+    Cursor, Experience, Hit, TokenCount, actions, chat, cue, load_view, numbered, register_view, render, sources,
+    view_costs)
 
 TASK = Task("scienceworld", "boil", "3", "train")
 
@@ -20,131 +21,142 @@ def episode(*steps, goal="Boil the water."):
 
 WALK = episode(
     ("go to hallway", "You move to the hallway."), ("go to kitchen", "You move to the kitchen."), ("look around", "This room is called the kitchen."),
-    ("pick up pot", "You move the pot to the inventory."), ("flurb", "No known action matches that input."), ("wait1", "You decide to wait."),
-    ("wait1", "You decide to wait. It boils.", 20.0), ("go to hall", "You move to the hall."), ("go to workshop", "You move to the workshop."),
-    ("look around", "This room is called the workshop."))
+    ("pick up pot", "You move the pot to the inventory."), ("wait1", "You decide to wait. It boils.", 20.0))
 
 texts = st.text(st.sampled_from("abc XY.!\n|>:"), max_size=12)
-actions_ = st.one_of(texts, st.sampled_from(["go to kitchen", "look around", "wait1", "pick up pot", "open door to hall", "activate stove", "0"]))
-observed = st.one_of(texts, st.sampled_from(["You move to the kitchen.", "No known action matches that input.", "The door is already open.", "Nothing happens."]))
-episodes = st.lists(st.tuples(actions_, observed, st.sampled_from([0.0, 0.0, 0.0, 5.0, -100.0])), max_size=25).map(lambda steps: episode(*steps))
+episodes = st.lists(st.tuples(texts, texts, st.sampled_from([0.0, 5.0, -100.0])), max_size=12).map(lambda steps: episode(*steps))
 
 
-def test_decisive_steps_are_those_that_scored_changed_something_or_led_there():
-    assert decisive_steps(WALK) == (1, 3, 6, 8, 9)
-    assert [line for line in decisive(WALK).split("\n") if line.startswith((">", "..."))] == [
-        "...", "> go to kitchen | You move to the kitchen.", "...", "> pick up pot | You move the pot to the inventory.", "...",
-        "> wait1 | You decide to wait.", "...", "> go to workshop | You move to the workshop.", "> look around | This room is called the workshop."]
+# -- experience
+
+def test_experience_is_a_value():
+    one = Experience(WALK, Hit(WALK.id, 0.9, 1))
+    assert one == Experience(WALK, Hit(WALK.id, 0.9, 1)) and len({one, replace(one, note="")}) == 1 and replace(one, view="chat") != one
+    with pytest.raises(FrozenInstanceError): one.view = "chat"
 
 
-def test_a_question_is_no_refusal():
-    asked = episode(("move pot to stove", "Ambiguous request: Please enter the number"), ("0", "You move the pot to the stove."), ("go to hall", "You move to the hall."))
-    assert decisive_steps(asked) == (0, 1, 2)
+def test_experience_speaks_for_its_episode():
+    one = Experience(WALK, Hit(WALK.id, 0.9, 1))
+    assert (one.task, one.success, one.actions, len(one)) == (WALK.task, True, WALK.actions, 5) and bool(Experience(episode()))
+    assert "rank 1, score 0.900" in repr(one) and "rank" not in repr(Experience(WALK))
 
 
-@pytest.mark.parametrize("action, said", [("open door", "The door is already open."), ("take mug", "Nothing happens."), ("x", "I don't understand that."),
-                                          ("activate sink", "The sink is already activated."), ("move up", "You can't go that way.")])
-def test_what_was_refused_is_not_decisive(action, said):
-    assert decisive_steps(episode((action, said), ("focus on water", "You focus on the water."))) == (1,)
+def test_its_id_is_that_of_the_stored_episode_even_when_adapted():
+    adapted = replace(WALK, goal="Boil the milk.")
+    assert Experience(adapted, Hit(WALK.id, 0.9, 1)).id == WALK.id != adapted.id == Experience(adapted).id
 
+
+def test_an_episode_is_experience_and_experience_stays_what_it_is():
+    one = Experience(WALK, note="x")
+    assert Experience.of(WALK) == Experience(WALK) and Experience.of(one) is one
+
+
+# -- views
 
 @given(episodes)
-def test_decisive_keeps_every_score_and_the_last_step(t):
-    kept = decisive_steps(t)
-    assert {i for i, s in enumerate(t.steps) if s.reward} | ({len(t) - 1} if len(t) else set()) <= set(kept)
-    assert list(kept) == sorted(set(kept)) and set(extract_steps(t)) <= set(kept) and len(extract_steps(t)) <= EXTRACT_LINES
+def test_the_chat_view_is_the_whole_chat(t):
+    messages = json.loads(chat(Experience(t)))
+    assert [m["content"] for m in messages if m["role"] == "assistant"] == list(t.actions)
+    assert t.goal in str(messages[0]["content"]) and len(messages) == 1 + 2 * len(t)
 
 
-@given(episodes, st.data())
-def test_excerpt_marks_every_gap_and_nothing_else(t, data):
-    chosen = data.draw(st.sets(st.integers(0, max(0, len(t) - 1)))) if len(t) else set()
-    shown, gaps = 0, 0
-    runs = "".join("x" if i in chosen else "." for i in range(len(t)))
-    plain = Trajectory(TASK, "g", "o", tuple(Step(f"a{i}", "seen") for i in range(len(t))))
-    for line in excerpt(plain, chosen).split("\n"):
-        shown, gaps = shown + line.startswith("> a"), gaps + (line == "...")
-    assert shown == len(chosen) and gaps == len(re.findall(r"\.+", runs))
-    assert excerpt(t, range(len(t))) == actions(t)
+def test_the_actions_view():
+    t = episode(("do 0", "Thing 0 is done. More text here."), ("do 1", "Thing 1 is done."))
+    assert actions(Experience(t)) == "Goal: Boil the water.\nStart | This room is called the hall.\n> do 0 | Thing 0 is done.\n> do 1 | Thing 1 is done."
+    assert actions(Experience(Trajectory(TASK, "g", "", (Step("look", ""),)))) == "Goal: g\nStart\n> look"
+
+
+def test_the_numbered_view():
+    lines = numbered(Experience(WALK)).split("\n")
+    assert lines[2:4] == ["1: go to hallway | You move to the hallway.", "2: go to kitchen | You move to the kitchen."]
+    assert lines[:2] == actions(Experience(WALK)).split("\n")[:2]
+
+
+def test_the_cursor_says_which_part_is_shown_and_how_steps_are_numbered():
+    def shown(**cursor): return numbered(Experience(WALK, cursor=Cursor(**cursor))).split("\n")[1:]
+    assert shown() == numbered(Experience(WALK)).split("\n")[1:]
+    assert shown(first=2, last=4) == ["...", "3: look around | This room is called the kitchen.", "4: pick up pot | You move the pot to the inventory.", "..."]
+    assert shown(first=4, offset=-3) == ["...", "2: wait1 | You decide to wait."]
+    assert shown(last=0) == ["Start | This room is called the hall.", "..."]
+
+
+@given(st.text(max_size=200), st.integers(1, 12))
+def test_a_cue_is_a_beginning_and_short(text, words):
+    short = cue(text, words)
+    line = " ".join(text.split())
+    assert "\n" not in short and len(short.split(" ")) <= words
+    assert line.startswith(short) or (short.endswith("...") and line.startswith(short[:-3]))
 
 
 @given(episodes)
 def test_views_are_functions_of_the_episode_alone(t):
-    for name in ("numbered", "decisive", "extract"):
-        assert view(name)(t) == view(name)(Trajectory(TASK, t.goal, t.first_observation, t.steps, provenance={"actor": "another"}))
-
-
-def test_numbered_says_the_actions_with_their_numbers():
-    assert numbered(WALK).split("\n")[2:5] == ["1: go to hallway | You move to the hallway.", "2: go to kitchen | You move to the kitchen.",
-                                               "3: look around | This room is called the kitchen."]
-    assert numbered(WALK).split("\n")[:2] == actions(WALK).split("\n")[:2]
-
-
-@settings(max_examples=40)
-@given(episodes, st.data(), st.integers(0, 5), st.integers(0, 5))
-def test_window_shows_the_steps_round_the_place(t, data, before, after):
-    at = data.draw(st.integers(0, len(t)))
-    here = pointed(t, at)
-    assert here.id == t.id and here.provenance["at_step"] == at
-    first = max(0, at - before)
-    assert window(here, before, after) == excerpt(t, range(first, min(len(t), at + after)), start=first == 0)
-
-
-def test_a_window_needs_a_place():
-    with pytest.raises(ValueError, match=r"points at no step.*a retriever that finds steps"):
-        view("window")(WALK)
-    for wrong in (-1, 11):
-        with pytest.raises(ValueError, match="places 0 to 10"):
-            pointed(WALK, wrong)
-
-
-def test_extract_prefers_what_says_more_and_never_repeats_itself():
-    t = episode(*[("pour water in pot", "You pour the water.")] * 10, ("focus on steam", "You focus on the steam.", 50.0))
-    assert extract_steps(t) == (0, 10)
-    assert extract(t).count("> ") == 2 and "Goal: Boil the water." in extract(t)
+    for name in ("chat", "actions", "numbered"):
+        assert render(t, name) == render(replace(t, provenance={"actor": "another"}), name)
 
 
 def test_an_episode_without_steps_has_views():
-    empty = episode()
-    assert decisive(empty) == extract(empty) == numbered(empty) == actions(empty)
-    assert "Goal: " in window(pointed(empty, 0))
+    assert numbered(Experience(episode())) == actions(Experience(episode())) == "Goal: Boil the water.\nStart | This room is called the hall."
 
 
-def test_the_registry_is_open_and_knows_ours(monkeypatch):
-    assert {"chat", "actions", "numbered", "decisive", "window", "extract"} <= set(VIEWS)
-    monkeypatch.setitem(VIEWS, "shout", lambda t: t.goal.upper())
-    assert view("shout")(WALK) == "BOIL THE WATER."
-    with pytest.raises(KeyError, match="shout"):
-        view("whisper")
+# -- names
+
+def test_an_experience_that_names_its_view_is_shown_in_it():
+    one = Experience(WALK, view="numbered")
+    assert render(one, "actions") == numbered(one) and render(WALK, "actions") == actions(Experience(WALK)) == render(Experience(WALK))
 
 
-def test_cost_counts_with_the_given_tokenizer_and_counts_once():
+def test_a_registered_view_is_known_by_its_name():
+    assert register_view("shout", lambda e: e.trajectory.goal.upper()) == "shout"
+    assert load_view("shout")(Experience(WALK)) == "BOIL THE WATER." == render(WALK, "shout")
+    register_view("shout", lambda e: "again")
+    assert render(WALK, "shout") == "again", "registering again replaces"
+
+
+@pytest.mark.parametrize("name", ["chat", "actions", "numbered"])
+def test_the_names_of_the_package_are_taken(name):
+    with pytest.raises(ValueError, match="comes with the package; give yours another name"): register_view(name, lambda e: "")
+    assert load_view(name) in (chat, actions, numbered)
+
+
+def test_a_view_may_be_named_by_its_place():
+    assert load_view("exprag.views:numbered") is numbered and render(WALK, "exprag.views:numbered") == numbered(Experience(WALK))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("whisper", "view 'whisper'.*chat, actions, numbered.*register_view"), ("", "view ''"),
+    ("exprag.views:whisper", "'exprag.views:whisper' names nothing.*'module:name'"),
+    ("exprag.nowhere:whisper", "'exprag.nowhere:whisper' names nothing")])
+def test_an_unknown_view_is_refused(name, said):
+    with pytest.raises(ValueError, match=said): load_view(name)
+
+
+def test_sources_are_the_stored_episode_or_what_the_view_says():
+    assert sources(Experience(WALK)) == (WALK.id,)
+    assert sources(Experience(replace(WALK, goal="Boil the milk."), Hit(WALK.id, 1.0, 1))) == (WALK.id,)
+
+    def joint(experience): return "text"
+    joint.sources = lambda experience: ("a", "b")
+    register_view("joint", joint)
+    assert sources(Experience(WALK), "joint") == ("a", "b") == sources(Experience(WALK, view="joint"))
+
+
+# -- cost
+
+def test_cost_is_counted_once_for_each_text():
     calls = []
     count = TokenCount(lambda text: calls.append(text) or text.split(), "words")
-    assert cost("numbered", WALK, count) == len(numbered(WALK).split()) and cost("numbered", WALK, count) and len(calls) == 1
-    table = costs([WALK, WALK], count, ["chat", "decisive"])
-    assert list(table) == ["chat", "decisive"] and table["decisive"] == [len(decisive(WALK).split())] * 2
-    assert "window" not in costs([WALK], count) and count.name == "words"
+    table = view_costs([WALK, Experience(WALK, view="chat")], count, ["chat", "actions"])
+    assert table == {"chat": [len(chat(Experience(WALK)).split())] * 2, "actions": [len(render(WALK).split())] * 2}
+    assert len(calls) == 2 and count.name == "words" and repr(count) == "TokenCount('words')"
+    assert list(view_costs([WALK], count)) == ["chat", "actions", "numbered"]
 
 
 def test_cost_agrees_with_the_policy_that_reads_it():
-    """The counter of the README's kind: made from the encoder that writes the prompt."""
-    from exprag.agent import load_tokenizer
-    from exprag.nano import nano_path
+    from exprag.models.nano import nano_path
     from exprag.prompt import PromptEncoder
+    from exprag.sft import load_tokenizer
 
     encoder = PromptEncoder(load_tokenizer(str(nano_path())))
     count = TokenCount(encoder.plain.encode, "nano")
-    for name in ("decisive", "extract", "numbered"):
-        assert cost(name, WALK, count) == len(encoder.tokenizer(view(name)(WALK), add_special_tokens=False)["input_ids"])
-
-
-def test_sources_are_the_episode_even_when_adapted(monkeypatch):
-    assert sources("decisive", WALK) == (WALK.id,)
-    adapted = Trajectory(TASK, "Boil the milk.", "o", WALK.steps, provenance={"adapted_from": WALK.id})
-    assert sources("actions", adapted) == (WALK.id,) != (adapted.id,)
-
-    class Joint:
-        def __call__(self, t): return "text"
-        def sources(self, t): return ("a", "b")
-    monkeypatch.setitem(VIEWS, "joint", Joint())
-    assert sources("joint", WALK) == ("a", "b")
+    for name, (cost,) in view_costs([WALK], count).items():
+        assert cost == len(encoder.tokenizer(render(WALK, name), add_special_tokens=False)["input_ids"])

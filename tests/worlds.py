@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from exprag.environment import EASY_TYPES, HARD_TYPES, ScienceWorldEnv
+from exprag.worlds.scienceworld import EASY_TYPES, HARD_TYPES, ScienceWorldEnv
 from exprag.trajectory import Task
 
 MARK = "EXPRAG_TEST_MARK"  # an environment variable: whatever a marked process starts is marked too

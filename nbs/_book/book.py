@@ -39,7 +39,7 @@ def cmd_run(book: notebooks.Book, args: argparse.Namespace) -> int:
 
 def cmd_clean(book: notebooks.Book, args: argparse.Namespace) -> int:
     changed = notebooks.clean(book.chosen(args.names))
-    print("\n".join(f"cleaned {path.name}" for path in changed) or "all clean")
+    print("\n".join(f"cleaned {path.parent.name}/{path.name}" for path in changed) or "all clean")
     return 0
 
 
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, what: str, names: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what)
         if names:
-            command.add_argument("names", nargs="*", help="notebooks, such as 02_store (default: all)")
+            command.add_argument("names", nargs="*", help="notebooks or parts, such as 02_store, worlds/alfworld, memory (default: all)")
         return command
 
     add("export", "Write the package from the chapters.", names=True)

@@ -16,6 +16,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode", "sphinx.ex
               "_book.sphinx_ext"]
 
 nb_execution_mode = "off"  # outputs are the saved ones
+nb_code_prompt_show = nb_code_prompt_hide = "imports"  # what is folded
 nb_render_markdown_format = "gfm"  # tables in Markdown outputs
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 4
@@ -53,4 +54,5 @@ def linkcode_resolve(domain: str, info: dict) -> str | None:
     name = f"{info['module']}.{info['fullname']}"
     if name not in pages:  # a field: its class is where to look
         name = name.rpartition(".")[0]
-    return f"../{pages[name]}.html#{name}" if name in pages else None
+    up = "../" * (pages[name].count("/") + 1) if name in pages else ""  # api pages lie in folders as the chapters do
+    return f"{up}{pages[name]}.html#{name}" if name in pages else None

@@ -82,16 +82,21 @@ def generate(book: Book, target: Path) -> list[str]:
     for path in book.chapter_paths():
         chapter = Chapter.read(path)
         wrong = faults(chapter)
-        (target / "nbs" / path.name).write_text(dumps(canonical(chapter.notebook)), encoding="utf-8")
+        copy = target / "nbs" / f"{chapter.name}.ipynb"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(dumps(canonical(chapter.notebook)), encoding="utf-8")
         if wrong:
             problems += wrong
             _inherit(book, chapter, target)
         else:
             with _inside(target):
-                nb_export(f"nbs/{path.name}", book.library)
+                nb_export(f"nbs/{chapter.name}.ipynb", book.library)
     with _inside(target):
         add_init(library)
         _build_modidx(library, Path("nbs"))
+    if (target / library / "_public.py").is_file():  # the package's face: its version, and what may be imported from it
+        face = f'__version__ = "{book.settings["version"]}"\nfrom ._public import __all__, __dir__, __getattr__\n'
+        (target / library / "__init__.py").write_text(face, encoding="utf-8")
     return problems
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-CHAPTER_NAME = re.compile(r"\d\d[a-z]?_\w+")
+CHAPTER_NAME = re.compile(r"\d\d_\w+")
+LAST = 20  # top-level chapters from this number on are read after the parts
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(?P<name>[\w-]+)\s*:?\s*(?P<value>.*?)\s*$")
 EXPORTS = {"export", "exports", "exporti"}  # nbdev's three: with its source shown, likewise, kept out of `__all__`
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
@@ -97,7 +98,14 @@ class Chapter:
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        """Where the notebook is below nbs/, without its ending: '02_store', 'worlds/03_alfworld'."""
+        parts = self.path.with_suffix("").parts
+        return "/".join(parts[len(parts) - parts[::-1].index("nbs"):])
+
+    @property
+    def part(self) -> str:
+        """The folder that the notebook stands in; '' at the top level."""
+        return self.name.rpartition("/")[0]
 
     @cached_property
     def module(self) -> str | None:
@@ -157,32 +165,61 @@ class Book:
     def library(self) -> str:
         return self.package.name
 
+    @property
+    def parts(self) -> list[str]:
+        """The folders of chapters, in reading order: `parts` in settings.ini."""
+        return self.settings.get("parts", "").split()
+
+    def chapters_in(self, part: str) -> list[Path]:
+        """The numbered notebooks of one folder, in order; '' is the top level."""
+        return sorted(path for path in (self.nbs / part).glob("*.ipynb") if CHAPTER_NAME.fullmatch(path.stem))
+
     def chapter_paths(self) -> list[Path]:
-        """The numbered notebooks in reading order."""
-        return sorted(path for path in self.nbs.glob("*.ipynb") if CHAPTER_NAME.fullmatch(path.stem))
+        """The numbered notebooks in reading order: the core, the parts, and what stands on all of them."""
+        top = self.chapters_in("")
+        last = [path for path in top if int(path.stem[:2]) >= LAST]
+        return [p for p in top if p not in last] + [p for part in self.parts for p in self.chapters_in(part)] + last
+
+    def overviews(self) -> list[Path]:
+        """The first page of each part."""
+        return [path for part in self.parts if (path := self.nbs / part / "index.ipynb").is_file()]
+
+    def extra_pages(self) -> list[Path]:
+        """Pages that are no chapters: a glossary, say."""
+        return sorted(p for p in self.nbs.glob("*.ipynb") if not CHAPTER_NAME.fullmatch(p.stem) and p.stem != "index")
 
     def paths(self) -> list[Path]:
-        """The chapters, then the index (which may use all of them)."""
+        """The chapters, then the overviews and the index (which may use all of them)."""
         index = self.nbs / "index.ipynb"
-        return self.chapter_paths() + [index] * index.is_file()
+        return self.chapter_paths() + self.overviews() + self.extra_pages() + [index] * index.is_file()
 
     def chosen(self, names: list[str]) -> list[Path]:
-        """The notebooks called `names` ('02_store', '02', 'store' or a path); all of them when empty."""
+        """The notebooks called `names` ('worlds/03_alfworld', 'alfworld', a part, or a path); all of them when empty."""
         paths = self.paths()
         if not names:
             return paths
         chosen = []
         for name in names:
-            stem = Path(name).name.removesuffix(".ipynb")
-            hits = [p for p in paths if stem in (p.stem, p.stem.partition("_")[0], p.stem.partition("_")[2])]
+            wanted = name.removesuffix(".ipynb").split("nbs/")[-1].strip("./")
+            if wanted in self.parts:
+                overviews = [path for path in self.overviews() if path.parent.name == wanted]
+                chosen += [*self.chapters_in(wanted), *overviews]
+                continue
+            hits = [p for p in paths if Chapter(p, "").name == wanted] or [p for p in paths if wanted in short_names(p)]
             if len(hits) != 1:
-                known = ", ".join(path.stem for path in paths) or "none yet"
+                known = ", ".join(Chapter(path, "").name for path in paths) or "none yet"
                 raise BookError(f"no one notebook is called {name!r} in nbs/. There are: {known}.")
             chosen += hits
         return chosen
 
     def chapters(self) -> list[Chapter]:
         return [Chapter.read(path) for path in self.chapter_paths()]
+
+
+def short_names(path: Path) -> set[str]:
+    """What a notebook may be called for short: '03_alfworld', 'alfworld', 'worlds/alfworld', 'worlds.alfworld'."""
+    stem, part = path.stem.partition("_")[2], path.parent.name
+    return {path.stem, stem, f"{part}/{stem}", f"{part}.{stem}"}
 
 
 def python_path(*folders: Path) -> str:

@@ -36,7 +36,7 @@ def _output(output: dict, number: int) -> tuple[str, dict[str, bytes]]:
 def _cell(cell: Cell) -> tuple[list[str], dict[str, bytes]]:
     """The blocks of one cell, and its image files."""
     if cell.kind != "code":
-        text = NOTEBOOK_LINK.sub(lambda match: f"nbs/{match[1]}.ipynb", cell.text)
+        text = NOTEBOOK_LINK.sub(lambda match: f"nbs/{match[1]}{match[2]}.ipynb", cell.text)
         return [LOCAL_IMAGE.sub("nbs/", text).strip()], {}
     source, outputs = visibility(cell)
     blocks, files = [f"```python\n{cell.body}\n```"] * source, {}

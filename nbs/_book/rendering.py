@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import os
 import re
 import shutil
@@ -19,17 +20,19 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from . import exporting
-from .notebooks import KERNEL, Book, BookError, Cell, Chapter, dumps, python_path
+from .notebooks import KERNEL, LAST, Book, BookError, Cell, Chapter, dumps, python_path
 
 HERE = Path(__file__).parent
 HIDDEN = {"hide", "default_exp"}  # cells for the machinery, not for readers
-NOTEBOOK_LINK = re.compile(r"(?<=\]\()(?:\./)?(\d\d[a-z]?_\w+|index)\.ipynb(?=[)#])")
+NOTEBOOK_LINK = re.compile(r"(?<=\]\()(?:\./)?((?:\.\./)*(?:\w+/)*)(\w+)\.ipynb(?=[)#])")
+FOLDED = 3  # lines of imports that are shown; a longer cell of imports is folded
 CONSTANT_LENGTH = 72  # characters of a constant's value that the API page still shows
 
 
-def page_name(stem: str) -> str:
-    """The page of a notebook, as nbdev's `_modidx` names it: '02_store' is 'store'."""
-    return re.sub(r"^\d+[a-zA-Z0-9]*_", "", stem.lower())
+def page_name(name: str) -> str:
+    """The page of a notebook, as nbdev's `_modidx` names it: 'worlds/03_alfworld' is 'worlds/alfworld'."""
+    folder, _, stem = name.lower().rpartition("/")
+    return f"{folder}/" * bool(folder) + re.sub(r"^\d+_", "", stem)
 
 
 def literals(text: str) -> str:
@@ -39,12 +42,18 @@ def literals(text: str) -> str:
                    if i % 2 else re.sub(r"([*|_\\])", r"\\\1", part) for i, part in enumerate(parts))
 
 
+def patched(node: ast.AST) -> str | None:
+    """The class that a function is a method of by fastcore's `@patch`; None for any other definition."""
+    marks = [ast.unparse(mark).partition("(")[0] for mark in getattr(node, "decorator_list", ())]
+    return ast.unparse(node.args.args[0].annotation) if "patch" in marks else None
+
+
 def symbols(cell: Cell) -> list[str]:
     """What an exported cell defines: classes with their methods, functions, constants."""
     found = []
     for node in cell.tree.body if cell.exported and cell.tree else ():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.append(node.name)
+            found.append(f"{holder}.{node.name}" if (holder := patched(node)) else node.name)
         if isinstance(node, ast.ClassDef):
             found += [f"{node.name}.{part.name}" for part in node.body
                       if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -66,13 +75,19 @@ def visibility(cell: Cell) -> tuple[bool, bool]:
     return source, output
 
 
+def only_imports(cell: Cell) -> bool:
+    """Whether a cell does nothing but import."""
+    return bool(cell.tree and cell.tree.body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in cell.tree.body)
+
+
 def convert_cell(chapter: Chapter, cell: Cell) -> dict:
     """One cell as myst-nb is to see it."""
     if cell.kind != "code":
-        text = NOTEBOOK_LINK.sub(lambda match: page_name(match[1]) + ".ipynb", cell.text)
+        text = NOTEBOOK_LINK.sub(lambda match: match[1] + page_name(match[2]) + ".ipynb", cell.text)
         return {"cell_type": cell.kind, "metadata": {}, "source": text}
     source, output = visibility(cell)
     tags = ["exported"] * cell.exported + ["remove-input"] * (not source) + ["remove-output"] * (not output)
+    tags += ["hide-input"] * (source and only_imports(cell) and len(cell.body.splitlines()) > FOLDED)
     names = [f"{chapter.module}.{name}" for name in symbols(cell)]
     return {"cell_type": "code", "execution_count": None, "source": cell.body, "outputs": list(cell.outputs),
             "metadata": {"tags": tags, "symbols": names}}
@@ -84,11 +99,20 @@ def convert(chapter: Chapter) -> str:
     return dumps({"cells": cells, "metadata": dict(KERNEL), "nbformat": 4, "nbformat_minor": 4})
 
 
-def toctree(book: Book) -> str:
-    """The order of the pages, for the end of the index."""
-    chapters = "\n".join(page_name(path.stem) for path in book.chapter_paths())
-    return f"```{{toctree}}\n:hidden:\n:caption: Chapters\n\n{chapters}\n```\n\n" \
-           "```{toctree}\n:hidden:\n:caption: Reference\n\napi/index\ngenindex\n```"
+def toctree(caption: str, pages: list[str]) -> str:
+    """A group of pages in the sidebar."""
+    listed = "\n".join(pages)
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```" if pages else ""
+
+
+def sidebar(book: Book) -> str:
+    """The order of the pages, for the end of the index: the core, a page for each part, and what stands on them."""
+    pages = [(int(path.stem[:2]) >= LAST, page_name(path.stem)) for path in book.chapters_in("")]
+    overviews = [page_name(Chapter(path, "").name) for path in book.overviews()]
+    extra = [page_name(path.stem) for path in book.extra_pages()]
+    groups = {"Core": [page for late, page in pages if not late], "Parts": overviews,
+              "Use": [page for late, page in pages if late], "Reference": [*extra, "api/index", "genindex"]}
+    return "\n\n".join(toctree(caption, names) for caption, names in groups.items() if names)
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,7 @@ def _entry(module: str, cell: Cell) -> list[str]:
     entries = []
     for node in cell.tree.body:
         name = getattr(node, "name", "_")
-        if name.startswith("_"):
+        if name.startswith("_") or patched(node):
             continue
         if isinstance(node, ast.ClassDef):
             entries.append(f".. autoclass:: {module}.{name}\n   :members:\n   :member-order: bysource\n")
@@ -153,9 +177,20 @@ def api_page(chapter: Chapter, module: str) -> str:
 
 def api_index(modules: list[tuple[Chapter, str]]) -> str:
     """The list of modules."""
-    rows = "\n".join(f"   {page_name(chapter.name)}" for chapter, _ in modules)
-    return "API reference\n=============\n\nWhat each chapter exports, with its parameters. ``[source]`` leads to the " \
-           f"definition in its chapter.\n\n.. toctree::\n   :maxdepth: 1\n\n{rows}\n"
+    groups: dict[str, list[str]] = {}
+    for chapter, _ in modules:
+        groups.setdefault(chapter.part or "core", []).append(page_name(chapter.name))
+    trees = "\n".join(f"{part}\n{'-' * len(part)}\n\n.. toctree::\n   :maxdepth: 1\n\n" + "".join(f"   {page}\n" for page in pages)
+                      for part, pages in groups.items())
+    return "API reference\n=============\n\nThe public names of each module, with their parameters. ``[source]`` leads to the " \
+           f"definition in its chapter.\n\n{trees}"
+
+
+def append(path: Path, text: str) -> None:
+    """Add a cell of prose to a notebook."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["cells"].append({"cell_type": "markdown", "metadata": {}, "source": text})
+    path.write_text(dumps(notebook), encoding="utf-8")
 
 
 def write_sources(book: Book, folder: Path) -> None:
@@ -163,16 +198,19 @@ def write_sources(book: Book, folder: Path) -> None:
     (folder / "api").mkdir(parents=True)
     for path in book.paths():
         chapter = Chapter.read(path)
-        (folder / f"{page_name(path.stem)}.ipynb").write_text(convert(chapter), encoding="utf-8")
+        page = page_name(chapter.name)
+        for target in (folder / page, folder / "api" / page):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{page}.ipynb").write_text(convert(chapter), encoding="utf-8")
         if chapter.module:
-            page = api_page(chapter, f"{book.library}.{chapter.module}")
-            (folder / "api" / f"{page_name(path.stem)}.rst").write_text(page, encoding="utf-8")
+            text = api_page(chapter, f"{book.library}.{chapter.module}")
+            (folder / "api" / f"{page}.rst").write_text(text, encoding="utf-8")
     modules = [(chapter, chapter.module) for chapter in book.chapters() if chapter.module]
     (folder / "api" / "index.rst").write_text(api_index(modules), encoding="utf-8")
-    index = folder / "index.ipynb"
-    notebook = Chapter.read(index).notebook
-    notebook["cells"].append({"cell_type": "markdown", "metadata": {}, "source": toctree(book)})
-    index.write_text(dumps(notebook), encoding="utf-8")
+    append(folder / "index.ipynb", sidebar(book))
+    for path in book.overviews():
+        pages = [page_name(chapter.stem) for chapter in book.chapters_in(path.parent.name)]
+        append(folder / path.parent.name / "index.ipynb", toctree("", pages).replace(":caption: \n", ""))
     if (book.nbs / "images").is_dir():
         shutil.copytree(book.nbs / "images", folder / "images")
 
@@ -223,7 +261,10 @@ def snapshot(book: Book, folder: Path) -> Book:
     """The book as it is now, exported anew: pages and docstrings agree even while somebody writes."""
     if problems := exporting.generate(book, folder):
         raise BookError("\n  ".join(["the book cannot be exported:", *problems]))
-    shutil.copy(book.nbs / "index.ipynb", folder / "nbs")
+    for path in [*book.overviews(), *book.extra_pages(), book.nbs / "index.ipynb"]:
+        target = folder / path.relative_to(book.root)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
     if (book.nbs / "images").is_dir():
         shutil.copytree(book.nbs / "images", folder / "nbs" / "images")
     return Book(folder)

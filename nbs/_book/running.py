@@ -71,13 +71,13 @@ def _end(process: subprocess.Popen) -> None:
         pass
 
 
-def _start(book: Book, cells: list[dict], folder: Path, timeout: float) -> tuple[list[dict], str]:
-    """Run cells in a new process; gives back the worker's records and what the process said outside of cells."""
+def _start(book: Book, place: Path, cells: list[dict], folder: Path, timeout: float) -> tuple[list[dict], str]:
+    """Run cells in a new process that starts in `place`; gives back the worker's records and what the process said outside of cells."""
     (folder / "cells.json").write_text(json.dumps(cells), encoding="utf-8")
     results, log = folder / "results.jsonl", folder / "log"
     command = [sys.executable, "-P", str(WORKER), str(folder / "cells.json"), str(results)]
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, cwd=book.nbs, env=environment(book, folder / "home"), stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(command, cwd=place, env=environment(book, folder / "home"), stdin=subprocess.DEVNULL,
                                    stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             ending = f"the process ended with status {process.wait(timeout)}"
@@ -105,7 +105,7 @@ def run_chapter(book: Book, path: Path, slow: bool = False, timeout: float = TIM
     flags = set() if slow else set(book.settings.get("tst_flags", "").split())
     cells = [{"index": c.index, "source": c.text} for c in chapter.cells if not skipped(c, flags)]
     with tempfile.TemporaryDirectory() as folder:
-        records, said = _start(book, cells, Path(folder), timeout)
+        records, said = _start(book, path.parent, cells, Path(folder), timeout)
     seconds = time.perf_counter() - start
     last = records[-1] if records else {}
     if "failed" in last:
@@ -136,7 +136,7 @@ def run(book: Book, names: list[str], slow: bool = False, write: bool = True, jo
         before = path.read_text(encoding="utf-8")
         result = run_chapter(book, path, slow, timeout)
         what = "FAILED" if result.error else save(book, path, before, result) if write else "passed"
-        say(f"{result.name:<20} {result.seconds:6.1f} s  {what}")
+        say(f"{result.name:<32} {result.seconds:6.1f} s  {what}")
         return result
 
     with ThreadPoolExecutor(max(1, jobs)) as pool:

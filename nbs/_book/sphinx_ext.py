@@ -6,7 +6,6 @@ import re
 import runpy
 import textwrap
 from dataclasses import MISSING
-from pathlib import Path
 
 from docutils import nodes
 
@@ -28,7 +27,14 @@ def anchor_definitions(app, doctree) -> None:
 def symbol_table(book) -> dict[str, str]:
     """The page of every definition, by full name, from nbdev's `_modidx`."""
     syms = runpy.run_path(str(book.package / "_modidx.py"))["d"]["syms"] if (book.package / "_modidx.py").is_file() else {}
-    return {name: Path(where[0].partition("#")[0]).stem for module in syms.values() for name, where in module.items()}
+    return {name: where[0].partition("#")[0].removesuffix(".html") for module in syms.values() for name, where in module.items()}
+
+
+def short_name(name: str, modules: set[str]) -> str:
+    """A full name without its module: 'Store.add' for 'exprag.store.Store.add'."""
+    parts = name.split(".")
+    at = next((n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in modules), 1)
+    return ".".join(parts[at:])
 
 
 class Links:
@@ -39,7 +45,7 @@ class Links:
         self.full = {name: page for name, page in symbol_table(app.config.book).items() if name in there} | there
         self.short: dict[str, list[str]] = {}
         for name in self.full:
-            self.short.setdefault(name.split(".", 2)[2], []).append(name)
+            self.short.setdefault(short_name(name, app.env.book_modules), []).append(name)
 
     def find(self, text: str, page: str) -> str | None:
         bare = text.removesuffix("()")
@@ -140,7 +146,9 @@ def setup(app) -> dict:
     """Sphinx calls this."""
 
     def start(app) -> None:
+        book = app.config.book
         app.env.book_symbols = {}
+        app.env.book_modules = {f"{book.library}.{chapter.module}" for chapter in book.chapters() if chapter.module}
 
     app.add_config_value("book", None, "", types=())
     app.connect("builder-inited", start)

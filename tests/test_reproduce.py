@@ -1,0 +1,118 @@
+"A plan runs from nothing to a report; killed anywhere, it goes on, and the report is the same."
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exprag.plans import PlanError, load_plan, variants
+from exprag.reproduce import Place, demonstrations, estimate, report_stage, reproduce, store_path
+from exprag.store import Store
+
+CHANGES = ["train.change.max_steps=4", "train.change.save_steps=1", "evaluate.max_new_tokens=12",
+           "collect.easy=3", "collect.hard=2",
+           "evaluate.conditions=['zero-shot', 'LoRA', 'ExpRAG-LoRA']"]
+
+
+def place(folder): return Place(Path(folder), batch_size=5, workers=1, threads=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, reproduce(load_plan("quick-shop", CHANGES), place(folder))
+
+
+def test_ends_in_tables_and_a_figure(whole):
+    folder, text = whole
+    report, = folder.glob("report-*")
+    assert (report / "tables.txt").read_text() == text
+    assert list(report.glob("*.png"))
+    written = json.loads((report / "plan.json").read_text())
+    assert written["model"] == "nano" and written["memory"]["k"] == 1
+    assert written["train"]["change"]["max_steps"] == 4
+    for name in ("zero-shot", "ExpRAG-LoRA", "exprag-lora, seed 2025"): assert name in text
+
+
+def test_what_is_there_is_not_made_again(whole):
+    folder, text = whole
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("episodes.jsonl")}
+    for path in folder.glob("report-*/runs.json"): path.unlink()  # else nothing is even looked at
+    assert reproduce(load_plan("quick-shop", CHANGES), place(folder)) == text
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("episodes.jsonl")}
+
+
+def test_a_changed_condition_leaves_the_adapters(whole):
+    folder, _ = whole
+    adapters = sorted((folder / "adapters").iterdir())
+    plan = load_plan("quick-shop", [*CHANGES, "evaluate.conditions=['LoRA', 'ExpRAG-LoRA']",
+                                    "evaluate.vary=[{condition='ExpRAG-LoRA', k=[0]}]"])
+    assert "ExpRAG-LoRA, k=0" in reproduce(plan, place(folder))
+    assert sorted((folder / "adapters").iterdir()) == adapters
+
+
+def test_only_easy_episodes_of_the_train_fold_are_imitated(whole):
+    folder, _ = whole
+    plan = load_plan("quick-shop", CHANGES)
+    with Store(store_path(plan, place(folder))) as store:
+        chosen = demonstrations(plan, store)
+        assert len(chosen) == 9 and all(t.success for t in chosen)
+        assert {t.task.type for t in chosen} == {"count-orders", "total-spent", "last-order"}
+        assert len(store.find(types=["best-seller"])) == 2  # in the index, and not in a weight
+
+
+COMMAND = [sys.executable, "-c", "import sys; from exprag.cli import main; sys.exit(main())",
+           "reproduce", "quick-shop", "--threads", "1", "--workers", "1", "--batch-size", "5",
+           *(part for change in CHANGES for part in ("--set", change))]
+
+
+@pytest.mark.parametrize("sign", ["losses.jsonl", "episodes.jsonl"])
+def test_a_kill_costs_nothing_but_the_step_in_hand(whole, tmp_path, sign):
+    process = subprocess.Popen([*COMMAND, "--out", tmp_path], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 240
+    def begun(): return any(p.stat().st_size for p in tmp_path.rglob(sign))
+    while not begun() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.05)
+    assert process.poll() is None, "it ended before it was killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*COMMAND, "--out", tmp_path], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    def figures(text):  # without minutes, which a kill makes longer
+        return [line.rsplit(None, 1)[0] if "seed 2025" in line else line
+                for line in text.splitlines()]
+    report, = tmp_path.glob("report-*")
+    assert figures((report / "tables.txt").read_text()) == figures(whole[1])
+
+
+def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(tmp_path):
+    plan = load_plan("quick-shop", CHANGES)
+    table = estimate(plan, place(tmp_path))
+    assert [row[0] for row in table.rows] == ["collect", "train", "evaluate", "all"]
+    assert "4 steps on 9 demonstrations" in table.rows[1][1]
+    assert f"{len(variants(plan)) * 5} episodes" in table.rows[2][1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_without_runs_says_how_to_make_them(tmp_path):
+    with pytest.raises(PlanError, match="exprag evaluate quick-shop"):
+        report_stage(load_plan("quick-shop"), place(tmp_path))
+
+
+def test_an_epoch_that_was_not_kept_is_one_line(whole):
+    folder, _ = whole
+    plan = load_plan("quick-shop", [*CHANGES, "evaluate.vary=[{condition='LoRA', epoch=[1]}]"])
+    with pytest.raises(PlanError, match="keep_epochs"): reproduce(plan, place(folder))
+
+
+def test_a_curve_over_epochs_comes_from_one_run(tmp_path):
+    changes = ["train.change.max_steps=0", "train.change.epochs=2", "train.change.keep_epochs='all'",
+               "collect.easy=2", "collect.hard=1", "evaluate.max_new_tokens=8",
+               "evaluate.conditions=['LoRA']", "train.change.warmup=0",
+               "evaluate.vary=[{condition='LoRA', epoch=[1, 2]}]"]
+    text = reproduce(load_plan("quick-shop", changes), place(tmp_path))
+    assert "LoRA, epoch=1" in text and "LoRA, epoch=2" in text
+    assert len(list((tmp_path / "adapters").iterdir())) == 1
