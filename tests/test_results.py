@@ -196,7 +196,8 @@ def test_the_primary_contrast_stands_apart(tmp_path):
     results = gap(tmp_path)
     table = contrast_table(results, how=Bootstrap(500))
     assert [r[0] for r in table.rows] == ["primary", "secondary", "secondary"] and table.rows[0][1] == str(PRIMARY) and table.rows[0][5] == ""
-    assert "Not run: ExpRAG-LoRA minus LoRA, retrieval at test only" in table.caption
+    assert "Not run, or not on this panel (easy and hard types): " in table.caption
+    assert "ExpRAG-LoRA minus LoRA, retrieval at test only, hard, score" in table.caption
     assert float(table.rows[0][4]) == round(2 / 2 ** 8, 4), "four hard types of two tasks: eight episodes are the unit"
     assert "8 episodes within 4 task types; 6 episodes within 3 task types" in table.caption and "Seeds, drawn apart: ExpRAG-LoRA 1, LoRA 2." in table.caption
     own = contrast_table(results, Question("LoRA", "ExpRAG-LoRA", "easy"), (), Bootstrap(200))
