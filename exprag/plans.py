@@ -37,12 +37,14 @@ class CollectPlan:
     expert: str = ""  # 'module:name' of what plays; '': the world's expert
     options: Mapping[str, Any] = FrozenMap()  # of the expert, such as {tidy = "teleport"}
 
-# %% ../nbs/22_plans.ipynb #13e61bb4
+# %% ../nbs/22_plans.ipynb #ecff5002
 @dataclass(frozen=True)
 class MemoryPlan:
     "What an agent may remember, in training and at the test."
     encoder: str = ""  # sentence encoder; '': the one in the package
-    key: str = "goal"  # what is embedded of a stored episode and of the agent's: see `KEYS`
+    key: str = "goal"  # asked once: what is embedded of both episodes, a name in `KEYS`
+    key_within: str = "history"  # asked within an episode: what is embedded of a stored episode
+    query_within: str = "so_far"  # and of the agent's, which a goal alone would never change
     k: int = 2  # experiences in a context
     when: str = "once"  # 'once' (static), or 'every N' steps (dynamic)
     composition: str = "matched"  # which episodes the index holds: see `COMPOSITIONS`
@@ -189,7 +191,7 @@ def variants(plan: Plan) -> list[Variant]:
             found[one.condition.name, seed] = one
     return list(found.values())
 
-# %% ../nbs/22_plans.ipynb #bf9c1cff
+# %% ../nbs/22_plans.ipynb #2e569821
 def _check(plan: Plan) -> Plan:
     "The plan itself, or PlanError."
     world = load_world(plan.world)
@@ -197,7 +199,9 @@ def _check(plan: Plan) -> Plan:
     for name in plan.collect.leave_out: known(name, world.easy + world.hard, "task type")
     for name in plan.evaluate.panels: known(name, tuple(world.panels), f"panel of {plan.world}")
     for name in plan.evaluate.conditions: known(name, tuple(CONDITIONS), "condition")
-    key_function(plan.memory.key), load_view(plan.memory.view), rule(plan.memory.when)
+    m = plan.memory
+    for key in (m.key, m.key_within, m.query_within): key_function(key)
+    load_view(plan.memory.view), rule(plan.memory.when)
     known(plan.memory.composition, COMPOSITIONS, "composition")
     known(plan.train.over_length, OVER_LENGTH, "policy for long episodes")
     known(plan.evaluate.measure, ("score", "success"), "measure")

@@ -6,12 +6,12 @@
 __all__ = ['STAGES', 'Place', 'store_path', 'collect_stage', 'demonstrations', 'training_samples', 'train_stage',
            'evaluate_stage', 'report_folder', 'keep_runs', 'report_stage', 'training_table', 'estimate', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #77bab962
+# %% ../nbs/23_reproduce.ipynb #255aac33
 import gc
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +34,14 @@ from .results import (PRIMARY, SECONDARY, Results, Run, contrast_table, endings_
 from .samples import (FittedSamples, Sample, collate, fit_samples, make_samples,
                             supervised_loss)
 from .select import Memory, NoMemory, exclude_siblings, token_budget
-from .sft import RunReport, load_tokenizer, prepare_model, train
+from .sft import RunReport, base_manifest, load_tokenizer, prepare_model, train
 from .store import Store
 from .studies.controls import OracleRetriever
 from .trajectory import (Table, Task, Trajectory, digest, read_jsonl, thaw, write_json,
                                write_jsonl)
 from .views import Experience, TokenCount
 from .world import Panel, load_object, load_world, spread
-from .worlds.collecting import CollectOptions, collect
+from .worlds.collecting import CollectOptions, CollectReport, collect
 
 # %% ../nbs/23_reproduce.ipynb #1125f2ca
 @dataclass(frozen=True)
@@ -74,34 +74,36 @@ def store_path(plan: Plan, place: Place) -> Path:
             [str(t) for t in collect_tasks(plan)]]
     return place.folder / f"experience-{digest(made, 12)}.db"
 
-# %% ../nbs/23_reproduce.ipynb #c57a0aca
-def _play_expert(plan: Plan, place: Place, tasks: Sequence[Task], sink) -> None:
+# %% ../nbs/23_reproduce.ipynb #4410682e
+def _play_expert(plan: Plan, place: Place, tasks: Sequence[Task], sink) -> CollectReport:
     "Have the plan's expert play tasks; its failures are kept, too, and never imitated."
     world = load_world(plan.world)
-    report = collect(tasks, sink, CollectOptions(
+    return collect(tasks, sink, CollectOptions(
         place.workers, _expert(plan), load_object(world.environment), failures=True,
         settings={plan.world: thaw(_settings(plan))}, progress=place.progress))
-    if report.failed:
-        why = {str(task): reason for task, reason in report.failed}
-        write_json(place.folder / "left-out.json", why)
-        print(f"{len(why)} of {len(tasks)} tasks have no episode; see {place.folder}/left-out.json")
 
-# %% ../nbs/23_reproduce.ipynb #c569b623
+# %% ../nbs/23_reproduce.ipynb #cfaf3d9a
 def collect_stage(plan: Plan, place: Place) -> Store:  # open; to be closed
     "The plan's expert episodes, with what was missing played."
     place.folder.mkdir(parents=True, exist_ok=True)
-    store = Store(store_path(plan, place))
-    try: _play_expert(plan, place, collect_tasks(plan), store)
+    store, tasks = Store(store_path(plan, place)), collect_tasks(plan)
+    try: report = _play_expert(plan, place, tasks, store)
     except BaseException:
         store.close()
         raise
+    if report.failed:
+        path = place.folder / "left-out.json"
+        write_json(path, {str(task): why for task, why in report.failed})
+        print(f"{len(report.failed)} of {len(tasks)} tasks have no episode; {path} says why")
     return store
 
-# %% ../nbs/23_reproduce.ipynb #e5bf834a
-def _retriever(plan: Plan, store: Store) -> Retriever:
-    "What finds experience for every condition."
-    m = plan.memory
-    return Retriever(store, SentenceEncoder(m.encoder or None), m.key, m.key)
+# %% ../nbs/23_reproduce.ipynb #3c35c95d
+def _retrievers(plan: Plan, store: Store) -> Callable[[str], Retriever]:  # of a rule's name
+    "What finds experience: by the goal where the memory is asked once, else by the episode so far."
+    m, encoder = plan.memory, SentenceEncoder(plan.memory.encoder or None)
+    once = Retriever(store, encoder, m.key, m.key)
+    within = Retriever(store, encoder, m.key_within, m.query_within)
+    return lambda when: once if when == "once" else within
 
 # %% ../nbs/23_reproduce.ipynb #cf29bd02
 def _memory(plan: Plan, one: Variant, retriever) -> Memory | NoMemory:
@@ -145,12 +147,13 @@ def _encoder(plan: Plan) -> PromptEncoder:
     "What writes every conversation of the plan as token ids."
     return encoder_for(load_tokenizer(find_model(plan.model)), prompt_format(plan))
 
-# %% ../nbs/23_reproduce.ipynb #87b2d4d7
+# %% ../nbs/23_reproduce.ipynb #220b6f46
 def training_samples(plan: Plan, store: Store, seed: int) -> FittedSamples:  # by adapter
     "What each adapter is trained on: the same episodes, without and with experience before them."
     chosen, part = demonstrations(plan, store), plan.train
-    named = condition("ExpRAG-LoRA", k=plan.memory.k, composition="easy", when=plan.memory.when)
-    memory = _memory(plan, Variant(named, plan.memory.view), _retriever(plan, store))
+    named = condition("ExpRAG-LoRA", k=plan.memory.k, composition="easy",
+                      outcomes=plan.memory.outcomes)
+    memory = _memory(plan, Variant(named, plan.memory.view), _retrievers(plan, store)("once"))
     variation = Variation(part.drop_memory, part.ks or None, seed)
     recalled = retrieve_for_training(chosen, memory, variation)
     made = fit_samples(chosen, _encoder(plan), {"lora": None, "exprag-lora": recalled},
@@ -188,17 +191,10 @@ def _adapter(one: Variant, reports: Mapping) -> tuple[Path | None, Manifest | No
                         "train.change.keep_epochs")
     return kept[one.epoch], report.manifest
 
-# %% ../nbs/23_reproduce.ipynb #99cfab48
-def _base_manifest(model: str) -> Manifest:
-    "What went into a base model, as far as it is known."
-    path = Path(find_model(model))
-    if (path / "manifest.json").exists(): return Manifest.read(path)
-    return Manifest("pretraining", model, known=False)
-
-# %% ../nbs/23_reproduce.ipynb #fd816233
+# %% ../nbs/23_reproduce.ipynb #11f3e27a
 def evaluate_stage(plan: Plan, place: Place, store: Store, reports: Mapping) -> list[Run]:
     "Every condition of the plan on every panel; what is on disk is not played again."
-    retriever, runs, panels = _retriever(plan, store), [], plan_panels(plan)
+    retrievers, runs, panels = _retrievers(plan, store), [], plan_panels(plan)
     several, oracles, acting = variants(plan), {}, {}
     if any(v.condition.memory == "oracle" for v in several):
         oracles = {p.name: _oracle(plan, place, store, p) for p in panels}
@@ -206,11 +202,12 @@ def evaluate_stage(plan: Plan, place: Place, store: Store, reports: Mapping) -> 
         adapter, manifest = _adapter(one, reports)
         policy = _policy(plan, place, one, adapter, acting)
         for panel in panels:
-            ranked = oracles[panel.name] if one.condition.memory == "oracle" else retriever
+            oracle = one.condition.memory == "oracle"
+            ranked = oracles[panel.name] if oracle else retrievers(one.condition.when)
             options = EvaluationOptions(place.batch_size, place.progress)
             runs.append(evaluate(one.condition, panel, place.folder / "episodes", policy,
                                  _memory(plan, one, ranked),
-                                 [manifest or _base_manifest(plan.model)], options))
+                                 [manifest or base_manifest(plan.model)], options))
     order = [v.condition.name for v in several]
     return sorted(runs, key=lambda r: (order.index(r.name), r.seed))
 

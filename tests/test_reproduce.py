@@ -49,9 +49,17 @@ def test_a_changed_condition_leaves_the_adapters(whole):
     folder, _ = whole
     adapters = sorted((folder / "adapters").iterdir())
     plan = load_plan("quick-shop", [*CHANGES, "evaluate.conditions=['LoRA', 'ExpRAG-LoRA']",
-                                    "evaluate.vary=[{condition='ExpRAG-LoRA', k=[0]}]"])
+                                    "evaluate.vary=[{condition='ExpRAG-LoRA', k=[0]}, "
+                                    "{condition='ExpRAG-LoRA', when=['every 1']}]"])
     assert "ExpRAG-LoRA, k=0" in reproduce(plan, place(folder))
     assert sorted((folder / "adapters").iterdir()) == adapters
+    queries = {}
+    for path in (folder / "episodes").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config["memory"]["kind"] == "retrieved":
+            queries[config["name"]] = config["memory"]["retriever"]["query"]
+    assert queries["ExpRAG-LoRA"] == "goal"
+    assert queries["ExpRAG-LoRA, when=every 1"] == "so_far"  # a goal would never change
 
 
 def test_only_easy_episodes_of_the_train_fold_are_imitated(whole):
