@@ -102,13 +102,17 @@ def _add_demo(commands) -> None:  # what `add_subparsers` gave
     for name, settings in _DEMO_OPTIONS.items(): demo.add_argument(f"--{name}", **settings)
     demo.set_defaults(run=_run_demo)
 
-# %% ../nbs/21_command_line.ipynb #f1e48675
+# %% ../nbs/21_command_line.ipynb #ee5e71bf
 def _run_stage(given: argparse.Namespace) -> None:
     "Run a plan up to a stage, or say what that would cost."
+    from exprag.page import report_runs
     from exprag.plans import load_plan
     from exprag.reproduce import Place, estimate, report_folder, report_stage, reproduce
     if given.list: print(_plans_table()); return
     if not given.plan: raise ValueError("give a plan, or --list to see those in the package")
+    if given.stage == "report" and Path(given.plan).is_dir():
+        print(f"Written to {report_runs(given.plan)}.")
+        return
     named = {"model": given.model, "dtype": given.dtype, "memory.encoder": given.encoder}
     changes = [f"{key}={value}" for key, value in named.items() if value]
     plan = load_plan(given.plan, [*changes, *given.set])
@@ -128,13 +132,13 @@ def _plans_table():
     rows = [(p.name, p.world, p.model, p.about) for p in map(load_plan, plan_names())]
     return Table(("plan", "world", "model", "what for"), tuple(rows), right=False)
 
-# %% ../nbs/21_command_line.ipynb #f79176a6
+# %% ../nbs/21_command_line.ipynb #8d10e19c
 _STAGES = {
     None: ("reproduce", "run a plan: collect, train, evaluate, report"),
     "collect": ("collect", "play a plan's experts into its store"),
     "train": ("train", "train a plan's adapters, collecting what is missing"),
     "evaluate": ("evaluate", "play a plan's conditions, training what is missing"),
-    "report": ("report", "write a plan's tables and figures from the episodes on disk")}
+    "report": ("report", "write the tables, figures and page of a plan, or of a directory of runs")}
 _PLAN_OPTIONS = {
     "out": {"type": Path, "help": "directory (default: runs/ and the plan's name)"},
     "model": {"metavar": "NAME_OR_PATH", "help": "another causal language model than the plan's"},

@@ -6,7 +6,7 @@
 __all__ = ['FIVE', 'VARIED', 'CollectPlan', 'MemoryPlan', 'TrainPlan', 'EvaluatePlan', 'Plan', 'PlanError', 'Variant', 'variants',
            'sft_config', 'prompt_format', 'plan_names', 'load_plan', 'collect_tasks', 'plan_panels']
 
-# %% ../nbs/22_plans.ipynb #f449cd0d
+# %% ../nbs/22_plans.ipynb #083f0353
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,8 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .evaluation import CONDITIONS, Condition, condition, rule
+from .models.loading import Loading
+from .models.local import PolicyOptions
 from .prompt import PromptFormat
 from .query import key_function
 from .samples import OVER_LENGTH, SFTConfig
@@ -79,7 +81,7 @@ class EvaluatePlan:
     measure: str = "score"  # of the declared contrast, ExpRAG-LoRA minus LoRA on hard types
     max_new_tokens: int = 48  # of an action
 
-# %% ../nbs/22_plans.ipynb #6b5d6ec5
+# %% ../nbs/22_plans.ipynb #96a47a65
 @dataclass(frozen=True)
 class Plan:
     "Everything that decides the result of an experiment."
@@ -88,6 +90,8 @@ class Plan:
     about: str = ""  # what it is for, in a sentence
     model: str = "smollm2"  # as `load_model` takes it
     dtype: str = "float32"  # of the weights while acting
+    loading: Mapping[str, Any] = FrozenMap()  # fields of `Loading`: revision, attention, four_bit
+    policy: Mapping[str, Any] = FrozenMap()  # fields of `PolicyOptions`, such as chat_template
     settings: Mapping[str, Any] = FrozenMap()  # of the environment while collecting; {}: a panel's
     prompt: Mapping[str, Any] = FrozenMap()  # fields of `PromptFormat`; its view is the memory's
     collect: CollectPlan = CollectPlan()
@@ -191,11 +195,10 @@ def variants(plan: Plan) -> list[Variant]:
             found[one.condition.name, seed] = one
     return list(found.values())
 
-# %% ../nbs/22_plans.ipynb #2e569821
+# %% ../nbs/22_plans.ipynb #47d0134e
 def _check(plan: Plan) -> Plan:
     "The plan itself, or PlanError."
     world = load_world(plan.world)
-    known(plan.dtype, ("float32", "bfloat16", "float16"), "dtype")
     for name in plan.collect.leave_out: known(name, world.easy + world.hard, "task type")
     for name in plan.evaluate.panels: known(name, tuple(world.panels), f"panel of {plan.world}")
     for name in plan.evaluate.conditions: known(name, tuple(CONDITIONS), "condition")
@@ -205,6 +208,7 @@ def _check(plan: Plan) -> Plan:
     known(plan.memory.composition, COMPOSITIONS, "composition")
     known(plan.train.over_length, OVER_LENGTH, "policy for long episodes")
     known(plan.evaluate.measure, ("score", "success"), "measure")
+    _check_model(plan)
     if not plan.train.seeds: raise PlanError("train.seeds is empty; give at least one seed")
     for table in plan.evaluate.vary: _check_varied(table)
     for one in variants(plan): load_view(one.view), rule(one.condition.when)
@@ -223,6 +227,14 @@ def _check_varied(table: Mapping) -> None:
         if not isinstance(values, tuple) or not values:
             raise PlanError(f"evaluate.vary {key} is {values!r}, and must be a list of values")
     for name in table.get("composition", ()): known(name, COMPOSITIONS, "composition")
+
+# %% ../nbs/22_plans.ipynb #d69d365c
+def _check_model(plan: Plan) -> None:
+    "Refuse settings of the model that `Loading` and `PolicyOptions` do not have."
+    for name in plan.loading: known(name, ("revision", "attention", "four_bit"), "field of loading")
+    for name in plan.policy: known(name, tuple(PolicyOptions.__dataclass_fields__),
+                                   "field of policy")
+    Loading(plan.dtype, **plan.loading), PolicyOptions(**plan.policy)
 
 # %% ../nbs/22_plans.ipynb #691c6aec
 def sft_config(plan: Plan, seed: int) -> SFTConfig:

@@ -6,13 +6,14 @@
 __all__ = ['STAGES', 'Place', 'store_path', 'collect_stage', 'demonstrations', 'training_samples', 'train_stage',
            'evaluate_stage', 'report_folder', 'keep_runs', 'report_stage', 'training_table', 'estimate', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #255aac33
+# %% ../nbs/23_reproduce.ipynb #c9ce6b37
 import gc
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from .audit import Manifest
 from .combined import Variation, check_aligned, equal_budget, retrieve_for_training
 from .evaluation import EvaluationOptions, condition, evaluate, memory_for
 from .models.loading import find_model
-from .models.local import HFPolicy
+from .models.local import HFPolicy, PolicyOptions
 from .models.templates import encoder_for
+from .page import report_page
 from .plans import (Plan, PlanError, Variant, collect_tasks, plan_panels, prompt_format,
                           sft_config, variants)
 from .prompt import PromptEncoder
@@ -34,7 +36,8 @@ from .results import (PRIMARY, SECONDARY, Results, Run, contrast_table, endings_
 from .samples import (FittedSamples, Sample, collate, fit_samples, make_samples,
                             supervised_loss)
 from .select import Memory, NoMemory, exclude_siblings, token_budget
-from .sft import RunReport, base_manifest, load_tokenizer, prepare_model, train
+from .sft import (RunReport, base_manifest, has_bfloat16, load_tokenizer, prepare_model,
+                        train)
 from .store import Store
 from .studies.controls import OracleRetriever
 from .trajectory import (Table, Task, Trajectory, digest, read_jsonl, thaw, write_json,
@@ -53,6 +56,11 @@ class Place:
     workers: int = 2  # processes that collect
     threads: int = 2  # of PyTorch on a CPU
     progress: bool = True  # show bars
+
+# %% ../nbs/23_reproduce.ipynb #6f660f49
+def _model(plan: Plan) -> str:  # a folder, or a name on the hub
+    "Where the plan's model is, at the plan's revision."
+    return find_model(plan.model, plan.loading.get("revision"))
 
 # %% ../nbs/23_reproduce.ipynb #4ee693b3
 def _settings(plan: Plan) -> Mapping:
@@ -105,12 +113,12 @@ def _retrievers(plan: Plan, store: Store) -> Callable[[str], Retriever]:  # of a
     within = Retriever(store, encoder, m.key_within, m.query_within)
     return lambda when: once if when == "once" else within
 
-# %% ../nbs/23_reproduce.ipynb #cf29bd02
+# %% ../nbs/23_reproduce.ipynb #7b0ee6d7
 def _memory(plan: Plan, one: Variant, retriever) -> Memory | NoMemory:
     "What a condition may remember."
     m, extra = plan.memory, []
     if m.tokens and one.condition.memory != "none":
-        tokenizer = load_tokenizer(find_model(plan.model))
+        tokenizer = load_tokenizer(_model(plan))
         count = TokenCount(lambda text: tokenizer(text)["input_ids"], plan.model)
         extra = [token_budget(m.tokens, count, one.view)]
     made = memory_for(one.condition, retriever, one.view, extra)
@@ -142,10 +150,12 @@ def demonstrations(plan: Plan, store: Store) -> list[Trajectory]:
                         "(collect.easy), or raise train.longest")
     return chosen
 
-# %% ../nbs/23_reproduce.ipynb #fdf2a1e0
+# %% ../nbs/23_reproduce.ipynb #7100a01f
 def _encoder(plan: Plan) -> PromptEncoder:
     "What writes every conversation of the plan as token ids."
-    return encoder_for(load_tokenizer(find_model(plan.model)), prompt_format(plan))
+    settings = PolicyOptions(**plan.policy)
+    return encoder_for(load_tokenizer(_model(plan)), prompt_format(plan), settings.chat_template,
+                       settings.template_settings)
 
 # %% ../nbs/23_reproduce.ipynb #220b6f46
 def training_samples(plan: Plan, store: Store, seed: int) -> FittedSamples:  # by adapter
@@ -161,7 +171,7 @@ def training_samples(plan: Plan, store: Store, seed: int) -> FittedSamples:  # b
     check_aligned(made["lora"], made["exprag-lora"])
     return made
 
-# %% ../nbs/23_reproduce.ipynb #315478a1
+# %% ../nbs/23_reproduce.ipynb #4836e7cf
 def train_stage(plan: Plan, place: Place, store: Store) -> dict[tuple[str, int], RunReport]:
     "Every adapter that a condition of the plan needs, by kind and seed."
     wanted = sorted({(v.condition.adapter, v.condition.seed) for v in variants(plan)
@@ -170,9 +180,10 @@ def train_stage(plan: Plan, place: Place, store: Store) -> dict[tuple[str, int],
     for name, seed in wanted:
         if seed not in made: made = {seed: training_samples(plan, store, seed)}
         config = replace(sft_config(plan, seed), name=name)
-        reports[name, seed] = train(plan.model, made[seed][name], config, place.folder / "adapters",
-                                    progress=place.progress, threads=place.threads,
-                                    left_out=made[seed].left_out)
+        reports[name, seed] = train(_model(plan), made[seed][name], config,
+                                    place.folder / "adapters", progress=place.progress,
+                                    threads=place.threads, left_out=made[seed].left_out,
+                                    attention=plan.loading.get("attention"))
     for seed in {seed for _, seed in wanted}:
         pair = [reports.get((name, seed)) for name in ("lora", "exprag-lora")]
         if all(pair): equal_budget(*pair)
@@ -191,7 +202,7 @@ def _adapter(one: Variant, reports: Mapping) -> tuple[Path | None, Manifest | No
                         "train.change.keep_epochs")
     return kept[one.epoch], report.manifest
 
-# %% ../nbs/23_reproduce.ipynb #11f3e27a
+# %% ../nbs/23_reproduce.ipynb #366bd3ea
 def evaluate_stage(plan: Plan, place: Place, store: Store, reports: Mapping) -> list[Run]:
     "Every condition of the plan on every panel; what is on disk is not played again."
     retrievers, runs, panels = _retrievers(plan, store), [], plan_panels(plan)
@@ -207,11 +218,11 @@ def evaluate_stage(plan: Plan, place: Place, store: Store, reports: Mapping) -> 
             options = EvaluationOptions(place.batch_size, place.progress)
             runs.append(evaluate(one.condition, panel, place.folder / "episodes", policy,
                                  _memory(plan, one, ranked),
-                                 [manifest or base_manifest(plan.model)], options))
+                                 [manifest or base_manifest(_model(plan))], options))
     order = [v.condition.name for v in several]
     return sorted(runs, key=lambda r: (order.index(r.name), r.seed))
 
-# %% ../nbs/23_reproduce.ipynb #7c980017
+# %% ../nbs/23_reproduce.ipynb #4c20b5d2
 def _policy(plan: Plan, place: Place, one: Variant, adapter: Path | None, acting: dict):
     "What acts in a condition; the base in `acting` is used again while the view is the same."
     if one.condition.policy == "replay": return ReplayPolicy()
@@ -220,7 +231,8 @@ def _policy(plan: Plan, place: Place, one: Variant, adapter: Path | None, acting
         gc.collect()
         acting[one.view] = HFPolicy.from_pretrained(
             plan.model, dtype=plan.dtype, device=place.device, batch_size=place.batch_size,
-            format=prompt_format(plan, one.view), max_new_tokens=plan.evaluate.max_new_tokens)
+            format=prompt_format(plan, one.view), max_new_tokens=plan.evaluate.max_new_tokens,
+            **plan.loading, **plan.policy)
     named = f"{Path(plan.model).name}+{one.condition.adapter}" if adapter else None
     return acting[one.view].with_adapter(adapter, named)
 
@@ -240,7 +252,7 @@ def keep_runs(plan: Plan, place: Place, runs: Sequence[Run], reports: Mapping) -
         "adapters": {f"{name}, seed {seed}": str(r.path.relative_to(place.folder))
                      for (name, seed), r in reports.items()}})
 
-# %% ../nbs/23_reproduce.ipynb #aebb1262
+# %% ../nbs/23_reproduce.ipynb #02053f93
 def report_stage(plan: Plan, place: Place) -> str:  # the tables
     "Tables and a figure for each panel, from the episodes on disk."
     import matplotlib.pyplot as plt
@@ -263,7 +275,26 @@ def report_stage(plan: Plan, place: Place) -> str:  # the tables
     parts.append(training_table(place.folder, listed["adapters"]))
     text = "\n\n".join(map(str, parts)) + "\n"
     (folder / "tables.txt").write_text(text, encoding="utf-8")
+    _write_page(plan, place, runs, parts[-1])
     return text
+
+# %% ../nbs/23_reproduce.ipynb #8c9a27fb
+def _write_page(plan: Plan, place: Place, runs: Sequence[Run], trained: Table) -> None:
+    "The report as a page for colleagues."
+    rows = [(key, str(value)) for part in fields(plan)
+            for key, value in _settings_of(part.name, getattr(plan, part.name))]
+    said = Table(("setting", "value"), tuple(rows), "The plan.", right=False)
+    question = replace(PRIMARY, measure=plan.evaluate.measure)
+    path = store_path(plan, place)
+    with Store(path) if path.exists() else nullcontext() as store:
+        page = report_page(runs, plan.name, plan.about, question, store, (trained, said))
+    (report_folder(plan, place) / "report.html").write_text(page, encoding="utf-8")
+
+# %% ../nbs/23_reproduce.ipynb #5e4c9c27
+def _settings_of(name: str, value) -> list[tuple[str, object]]:
+    "A part of a plan as dotted names and values."
+    if not is_dataclass(value): return [(name, thaw(value))]
+    return [(f"{name}.{f.name}", thaw(getattr(value, f.name))) for f in fields(value)]
 
 # %% ../nbs/23_reproduce.ipynb #a8e06ff7
 def training_table(folder: Path, adapters: Mapping[str, str]) -> Table:
@@ -277,8 +308,9 @@ def training_table(folder: Path, adapters: Mapping[str, str]) -> Table:
     header = ("adapter", "steps", "supervised tokens", "computed tokens", "last loss", "minutes")
     return Table(header, tuple(rows), "Training.")
 
-# %% ../nbs/23_reproduce.ipynb #865ba450
-_PROBED = 3  # task types of each difficulty that a probe plays, and actions that it writes
+# %% ../nbs/23_reproduce.ipynb #7ee4c03b
+_PROBED = 3  # tasks that a probe plays at first, and actions that it writes
+_PATIENCE = 20  # seconds that a part of the probe may take
 
 def _some_episodes(plan: Plan, place: Place) -> tuple[list[Trajectory], int, float]:
     "Demonstrations to measure on, how many there will be, and seconds an expert's episode."
@@ -290,32 +322,36 @@ def _some_episodes(plan: Plan, place: Place) -> tuple[list[Trajectory], int, flo
                 found = demonstrations(plan, store)
                 return spread(found, 24), len(found), 0.0
     easy = [t for t in tasks if t.type in world.easy]
-    first = list({t.type: t for t in easy}.values())
-    made, begun = [], time.perf_counter()
-    _play_expert(plan, alone, spread(first, _PROBED), made.append)
+    made, begun, first = [], time.perf_counter(), spread(easy, _PROBED)
+    _play_expert(plan, alone, first, made.append)
     seconds = (time.perf_counter() - begun) / max(1, len(made))
+    more = [t for t in spread(easy, int(min(24, _PATIENCE / seconds))) if t not in first]
+    _play_expert(plan, alone, more, made.append)
     per_type = plan.train.demonstrations
     counts = [sum(t.type == kind for t in easy) for kind in world.easy]
     wanted = sum(min(n, per_type) if per_type else n for n in counts)
     return [t for t in made if t.success], wanted, seconds
 
-# %% ../nbs/23_reproduce.ipynb #d52dc830
+# %% ../nbs/23_reproduce.ipynb #03d4872c
 def _seconds_of_training(plan: Plan, samples: Sequence[Sample]) -> tuple[float, float]:
     "Seconds for each token of a training step, and gigabytes at most."
     import resource
     import torch
     config = sft_config(plan, plan.train.seeds[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = prepare_model(plan.model, config).to(device).train()
-    usual = sorted(samples, key=len)[len(samples) // 2]
-    batch = {k: v.to(device) for k, v in collate([usual]).items()}
-    labels, cast = batch.pop("labels"), torch.autocast(device, torch.bfloat16, config.autocast)
-    for _ in range(2):  # the first one warms up
-        begun = time.perf_counter()
-        with cast: loss = supervised_loss(model(**batch), labels)
+    cast = torch.autocast(device, torch.bfloat16, config.autocast and has_bfloat16(device))
+    model = prepare_model(_model(plan), config, plan.loading.get("attention"))
+    if config.weights != "nf4": model = model.to(device)  # which is where it belongs
+    usual, seconds = sorted(samples, key=len)[len(samples) // 2], 0
+    for length in (32, len(usual), len(usual)):  # the first ones warm up
+        if seconds * length > _PATIENCE: break  # known well enough
+        ended = replace(usual, ids=usual.ids[-length:], mask=usual.mask[-length:])
+        batch = {k: v.to(device) for k, v in collate([ended]).items()}
+        labels, begun = batch.pop("labels"), time.perf_counter()
+        with cast: loss = supervised_loss(model.train()(**batch), labels)
         loss.backward()
         if device == "cuda": torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begun) / len(usual)
+        seconds = (time.perf_counter() - begun) / length
     if device == "cuda": return seconds, torch.cuda.max_memory_allocated() / 2**30
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

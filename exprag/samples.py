@@ -21,7 +21,7 @@ from .trajectory import Task, Trajectory, digest, known, same_task
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 LOSS_PER = ("step", "average")  # what the loss of a step is divided by
 
-# %% ../nbs/09_samples.ipynb #5cd0aaab
+# %% ../nbs/09_samples.ipynb #17f0a8d2
 @dataclass(frozen=True)
 class SFTConfig:
     "All that decides what a training run computes, apart from its data; defaults: the paper's."
@@ -45,7 +45,7 @@ class SFTConfig:
     window: int = 1  # batches that are sorted by length together; 1 is no grouping
     loss_per: str = "step"  # divide a step's loss by its target tokens, or by their 'average'
     max_length: int = 32768  # tokens; a longer sample is an error, never cut
-    weights: str = "bfloat16"  # number format of the frozen base model
+    weights: str = "bfloat16"  # format of the frozen base model; 'nf4' is four bits, on a GPU
     autocast: bool = True  # matrix products in bfloat16, where the device has them
     checkpointing: bool = True  # recompute activations in the backward pass: less memory, more time
     seed: int = 2025
@@ -72,7 +72,7 @@ class SFTConfig:
         "A named configuration, with changes; ValueError for an unknown name or field."
         return cls.from_dict(changes, CONFIGS[known(name, tuple(CONFIGS), "configuration")])
 
-# %% ../nbs/09_samples.ipynb #61529ae7
+# %% ../nbs/09_samples.ipynb #22422acb
 def _contradictions(config: SFTConfig):  # gives texts
     "What is wrong with a configuration."
     for f in fields(config):
@@ -88,7 +88,7 @@ def _contradictions(config: SFTConfig):  # gives texts
     if config.batch % config.micro_batch:
         yield f"batch {config.batch} is not a multiple of micro_batch {config.micro_batch}"
     for name, valid in (("schedule", SCHEDULES), ("loss_per", LOSS_PER),
-                        ("weights", ("float32", "bfloat16"))):
+                        ("weights", ("float32", "bfloat16", "nf4"))):
         if (value := getattr(config, name)) not in valid:
             yield f"{name} {value!r} is unknown; choose one of {', '.join(valid)}"
     if config.warmup and config.schedule == "constant":

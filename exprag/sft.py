@@ -38,9 +38,20 @@ def model_path(name: str  # of a model in the package or the cache, a folder, or
         if (folder / "config.json").is_file(): return str(folder)
     return str(name)
 
-# %% ../nbs/10_sft.ipynb #54473053
+# %% ../nbs/10_sft.ipynb #87eb5429
+def four_bits(dtype: str = "bfloat16",  # of the products
+              device: str = "cuda"  # where the weights lie
+             ) -> dict:
+    "Arguments of `from_pretrained` for weights in four bits, those of QLoRA (arXiv:2305.14314)."
+    import torch
+    from transformers import BitsAndBytesConfig
+    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype))}
+
+# %% ../nbs/10_sft.ipynb #47be57d9
 def load_base(place: str,  # a folder, or a name on the Hugging Face hub
-              dtype: str,  # of the weights, such as 'float32'
+              dtype: str,  # of the weights, such as 'float32'; 'nf4' is `four_bits`
               **more):  # further arguments of `from_pretrained`
     "A model that writes text, from safetensors; also one that is registered as a model that sees."
     import torch
@@ -48,6 +59,11 @@ def load_base(place: str,  # a folder, or a name on the Hugging Face hub
                               AutoModelForImageTextToText)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if dtype == "nf4":
+        if not torch.cuda.is_available() or not find_spec("bitsandbytes"):
+            raise ValueError("weights='nf4' needs an NVIDIA GPU and the package bitsandbytes (pip "
+                             "install bitsandbytes): set weights='bfloat16' or 'float32' here")
+        dtype, more = "bfloat16", {**four_bits(), **more}
     kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     return kind.from_pretrained(place, dtype=getattr(torch, dtype), trust_remote_code=False,
                                 use_safetensors=True, **more)
@@ -111,13 +127,15 @@ def match_targets(model,  # the base model
                          "in SFTConfig.targets")
     return found
 
-# %% ../nbs/10_sft.ipynb #e3bd3097
+# %% ../nbs/10_sft.ipynb #3ca99fe2
 def prepare_model(name: str,  # as `model_path` takes it
-                  config: SFTConfig):
+                  config: SFTConfig,
+                  attention: str | None = None):  # see `TrainOptions`
     "The base model with a fresh adapter; only the adapter can be trained."
     import torch
     from peft import LoraConfig, get_peft_model
-    model = load_base(model_path(name), config.weights)
+    more = {"attn_implementation": attention} if attention else {}
+    model = load_base(model_path(name), config.weights, **more)
     model.config.get_text_config().use_cache = False  # no generation here
     if config.checkpointing:  # its name in newer releases of Transformers first
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -433,16 +451,17 @@ def with_usable_optimizer(config: SFTConfig) -> SFTConfig:
                   stacklevel=3)
     return replace(config, optimizer="adamw_torch")
 
-# %% ../nbs/10_sft.ipynb #bbf1afc6
+# %% ../nbs/10_sft.ipynb #289ace1b
 @dataclass(frozen=True)
 class TrainOptions:
     "What `train` takes and no weight depends on."
     progress: bool = True  # a progress bar
     threads: int | None = None  # PyTorch's on a CPU
     report_to: str | Sequence[str] = "none"  # the Trainer's trackers, such as 'tensorboard'
+    attention: str | None = None  # such as 'flash_attention_2'; None: Transformers' choice
     left_out: Sequence[Sample] = ()  # what `fit_samples` left out, to be recorded
 
-# %% ../nbs/10_sft.ipynb #31543aa9
+# %% ../nbs/10_sft.ipynb #139e5d11
 _PACKAGES = ("exprag", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
 def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a name on the hub
@@ -480,7 +499,7 @@ def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a nam
                         weights=config.weights, optimizer=config.optimizer,
                         optimizer_asked=asked.optimizer)
         trainer = _make_trainer(
-            model, config, args,
+            prepare_model(model, config, options.attention), args,
             _bookkeeper(path, steps, tokens, config, dev_samples, options.progress, wanted),
             [[samples[i] for i in batch] for batch in batches], _divisor(tokens, config))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -494,13 +513,13 @@ def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a nam
     trainer.accelerator.wait_for_everyone()
     return RunReport.read(path)
 
-# %% ../nbs/10_sft.ipynb #cbad69a1
-def _make_trainer(model, config, args, callback, batches, divisor):
+# %% ../nbs/10_sft.ipynb #5235d673
+def _make_trainer(model, args, callback, batches, divisor):
     "The Trainer for a planned run."
     from transformers import PrinterCallback, Trainer
     def loss(outputs, labels, num_items_in_batch):
         return supervised_loss(outputs, labels, divisor or num_items_in_batch)
-    trainer = Trainer(model=prepare_model(model, config), args=args, train_dataset=batches,
+    trainer = Trainer(model=model, args=args, train_dataset=batches,
                       data_collator=lambda items: collate(items[0]),
                       compute_loss_func=loss, callbacks=[callback])
     trainer.remove_callback(PrinterCallback)

@@ -101,3 +101,27 @@ def test_files_are_the_plans_names():
 def test_the_view_of_the_prompt_is_the_memorys():
     assert prompt_format(load_plan("quick-shop")).view == "numbered"
     assert prompt_format(load_plan("quick-shop"), "chat").view == "chat"
+
+
+def test_a_plan_sets_how_the_model_is_loaded_and_decodes(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL + '[loading]\nattention = "eager"\n[policy]\nconstrain = "templates"\n')
+    plan = load_plan(path)
+    assert plan.loading == {"attention": "eager"} and plan.policy == {"constrain": "templates"}
+    assert plan.fingerprint != load_plan(path, ["policy.avoid_rejected=true"]).fingerprint
+    for change, said in (("loading.atention=eager", "did you mean 'attention'"),
+                         ("policy.constrain=all", "there are None"), ("dtype=float8", "unknown dtype"),
+                         ("loading.dtype=float16", "The 3 known: revision, attention, four_bit"),
+                         ("train.change.weights=nf5", "float32, bfloat16, nf4")):
+        with pytest.raises(PlanError, match=said): load_plan(path, [change])
+
+
+@pytest.mark.parametrize("name", ["smollm2-alfworld", "smollm2-scienceworld"])
+def test_the_plans_for_a_gpu_hold_everything(name):
+    plan = load_plan(name)
+    world, config = load_world(plan.world), sft_config(plan, 2025)
+    assert set(collect_tasks(plan)) == set(world.tasks("train"))
+    assert (plan.memory.k, plan.memory.view, plan.memory.when) == (2, "chat", "once")
+    assert config.epochs == {"alfworld": 9, "scienceworld": 29}[plan.world]
+    kept = {v.epoch for v in variants(plan)} - {0} | {config.epochs}
+    assert kept == set(config.keep_epochs) and sum(map(len, plan_panels(plan))) in (134, 149)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from exprag.plans import PlanError, load_plan, variants
-from exprag.reproduce import Place, demonstrations, estimate, report_stage, reproduce, store_path
+from exprag.reproduce import (Place, _policy, demonstrations, estimate, report_stage, reproduce, store_path,
+                              training_samples)
 from exprag.store import Store
 
 CHANGES = ["train.change.max_steps=4", "train.change.save_steps=1", "evaluate.max_new_tokens=12",
@@ -124,3 +125,32 @@ def test_a_curve_over_epochs_comes_from_one_run(tmp_path):
     text = reproduce(load_plan("quick-shop", changes), place(tmp_path))
     assert "LoRA, epoch=1" in text and "LoRA, epoch=2" in text
     assert len(list((tmp_path / "adapters").iterdir())) == 1
+
+
+def test_the_plans_template_is_read_in_training_and_in_acting(whole, tmp_path):
+    folder, _ = whole
+    own = ("{% for m in messages %}<|{{ m['role'] }}|>~{{ m['content'] }}<|end|>{% endfor %}"
+           "{% if add_generation_prompt %}<|assistant|>~{% endif %}")
+    (tmp_path / "own.jinja").write_text(own)
+    plain = load_plan("quick-shop", CHANGES)
+    plan = load_plan("quick-shop", [*CHANGES, f"policy.chat_template='{tmp_path / 'own.jinja'}'"])
+    with Store(store_path(plan, place(folder))) as store:
+        sample = training_samples(plan, store, 2025)["lora"][0]
+        usual = training_samples(plain, store, 2025)["lora"][0]
+        episode = store.get(sample.source)
+    condition = next(v for v in variants(plan) if v.condition.name == "zero-shot")
+    policy = _policy(plan, place(folder), condition, None, {})
+    prompt = policy.encoder.prompt(episode.opening(), ())
+    assert sample.ids[:len(prompt)] == tuple(prompt) and len(sample.ids) > len(usual.ids)
+    assert policy.encoder.tokenizer.decode(prompt).endswith("<|assistant|>~")
+
+
+def test_a_probe_stops_when_a_machine_is_slow(tmp_path, monkeypatch):
+    import exprag.reproduce as module
+    lengths = []
+    def slow(outputs, labels): lengths.append(labels.shape[1]); time.sleep(0.4); return real(outputs, labels)
+    real = module.supervised_loss
+    monkeypatch.setattr(module, "supervised_loss", slow)
+    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+    estimate(load_plan("quick-shop", CHANGES), place(tmp_path))
+    assert lengths == [32]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loading', 'find_model', 'load_model', 'weights_digest', 'Adapters']
 
-# %% ../../nbs/models/01_loading.ipynb #715b3ec8
+# %% ../../nbs/models/01_loading.ipynb #a3e6218c
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..agent import PolicyError
 from .embedded import KNOWN_MODELS
-from ..sft import load_base, load_tokenizer, model_path
+from ..sft import four_bits, load_base, load_tokenizer, model_path
 from ..trajectory import digest, known
 
 # %% ../../nbs/models/01_loading.ipynb #ec2906fa
@@ -27,7 +27,7 @@ def choose(kind,  # a dataclass
     for name in given: known(name, (*names, *others), what)
     return kind(**given)
 
-# %% ../../nbs/models/01_loading.ipynb #caf02cdc
+# %% ../../nbs/models/01_loading.ipynb #0b27ea8f
 @dataclass(frozen=True)
 class Loading:
     "How a model's weights are loaded; the defaults give the same answers wherever it runs."
@@ -58,14 +58,7 @@ class Loading:
     def arguments(self) -> dict:
         "What `from_pretrained` is called with, besides the number format."
         more = {"attn_implementation": self.attention} if self.attention else {}
-        if self.four_bit:
-            import torch
-            from transformers import BitsAndBytesConfig
-            more["device_map"] = {"": self.find_device()}
-            more["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=getattr(torch, self.dtype))
-        return more
+        return {**more, **four_bits(self.dtype, self.find_device())} if self.four_bit else more
 
 # %% ../../nbs/models/01_loading.ipynb #815410ca
 def one_line(error: Exception) -> str:

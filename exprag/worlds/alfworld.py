@@ -399,8 +399,8 @@ class ALFWorldEnv:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/worlds/03_alfworld.ipynb #771cf1e6
-PANELS = ("test", "test-hard", "seen", "dev")
+# %% ../../nbs/worlds/03_alfworld.ipynb #36f5ec56
+PANELS = ("test", "test-hard", "seen", "dev", "dev-hard")
 
 def _panel(name: str) -> Panel:
     "A named panel, always the same."

@@ -219,16 +219,18 @@ def _choices(observation: str) -> tuple[str, ...]:
     if not observation.startswith(AMBIGUOUS): return ()
     return tuple(re.findall(r"^(\d+):\t", observation, re.M))
 
-# %% ../../nbs/worlds/00_scienceworld.ipynb #88b0fadb
-PANELS = ("test", "test-hard", "dev", "demo")
+# %% ../../nbs/worlds/00_scienceworld.ipynb #42717c2d
+PANELS = ("test", "test-hard", "test-all", "dev", "dev-hard", "demo")
 
 def _panel(name: str) -> Panel:
     "A named panel, always the same."
-    quick = tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)
-    types = {"test": EASY_TYPES + HARD_TYPES, "test-hard": HARD_TYPES, "dev": EASY_TYPES,
-             "demo": quick}[name]
-    fold, count = ("dev", 3) if name == "dev" else ("test", 5)
-    tasks = [spread(scienceworld_tasks(fold, [t]), count) for t in types]
+    fold, _, part = name.partition("-")
+    types = {"hard": HARD_TYPES, "all": EASY_TYPES + HARD_TYPES}.get(part)
+    types = types or {"test": EASY_TYPES + HARD_TYPES, "dev": EASY_TYPES,
+                      "demo": tuple(t for t in HARD_TYPES if t not in MENDELIAN_TYPES)}[fold]
+    fold, count = ("dev", 3) if fold == "dev" else ("test", 5)
+    pools = [scienceworld_tasks(fold, [t]) for t in types]
+    tasks = pools if part == "all" else [spread(pool, count) for pool in pools]
     if name == "demo": tasks = [picked[2:3] for picked in tasks]  # the middle one of the five
     return Panel(
         name,
