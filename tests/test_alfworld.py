@@ -59,7 +59,7 @@ def test_dev_and_test_rooms_are_not_trained_in():
 
 
 def test_panels():
-    assert {name: len(panel(name)) for name in PANELS} == {"test": 134, "test-hard": 61, "seen": 140, "dev": 39}
+    assert {name: len(panel(name)) for name in PANELS} == {"test": 134, "test-hard": 61, "seen": 140, "dev": 39, "dev-hard": 39}
     assert {difficulty(t) for t in panel("test-hard")} == {"hard"} and {difficulty(t) for t in panel("dev")} == {"easy"}
     assert set(panel("test").caps.values()) == {50} and panel("test").name == "alfworld-test"
     assert panel("test").settings == {"grammar": "move"} and WORLD.step_cap(TYPES[0]) == 50
@@ -67,7 +67,7 @@ def test_panels():
 
 def test_panel_fingerprints_are_pinned():
     "If one changes, results before and after cannot be compared."
-    assert {name: panel(name).fingerprint for name in PANELS} == {"test": "088f041ecbc05f75", "test-hard": "e72481db14d9c44f", "seen": "6e7a6240fc75dd70", "dev": "d3d2b2ae002d8642"}
+    assert {name: panel(name).fingerprint for name in PANELS} == {"test": "088f041ecbc05f75", "test-hard": "e72481db14d9c44f", "seen": "6e7a6240fc75dd70", "dev": "d3d2b2ae002d8642", "dev-hard": "75fea8fb306fa5d1"}
     longer = replace(panel("test"), caps=dict.fromkeys(TYPES, 100))
     assert longer.fingerprint == "f94af9ef9a0ec420"
 

@@ -43,17 +43,17 @@ def test_folds_do_not_overlap_and_sort():
 
 def test_panels():
     sizes = {name: len(panel(name)) for name in PANELS}
-    assert sizes == {"test": 149, "test-hard": 64, "dev": 51, "demo": 11}
+    assert sizes == {"test": 149, "test-hard": 64, "test-all": 1819, "dev": 51, "dev-hard": 38, "demo": 11}
     assert sum(difficulty(t) == "hard" for t in panel("test")) == 64
     assert {t.type for t in panel("demo")} == set(HARD_TYPES) - set(MENDELIAN_TYPES) and panel("demo").left_out == MENDELIAN_TYPES
     assert {difficulty(t) for t in panel("dev")} == {"easy"} and {t.fold for t in panel("dev")} == {"dev"}
-    assert len({panel(name).fingerprint for name in PANELS}) == 4
+    assert len({panel(name).fingerprint for name in PANELS}) == 6
     assert all(panel("test").caps[t.type] == WORLD.step_cap(t.type) for t in panel("test"))
 
 
 def test_panel_fingerprints_are_pinned():
     "If one changes, results before and after cannot be compared."
-    assert {name: panel(name).fingerprint for name in PANELS} == {"test": "834b3f8ac86beed9", "test-hard": "85a9eae63157b94e", "dev": "8db759d51cb24cea", "demo": "6d6ee8a0c5896d1e"}
+    assert {name: panel(name).fingerprint for name in PANELS} == {"test": "834b3f8ac86beed9", "test-hard": "85a9eae63157b94e", "test-all": "a56240747281f5e5", "dev": "8db759d51cb24cea", "dev-hard": "4c8bef517883eb99", "demo": "6d6ee8a0c5896d1e"}
 
 
 def test_panel_prints_as_a_table():

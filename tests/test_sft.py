@@ -271,7 +271,7 @@ def test_what_was_left_out_or_shortened_is_on_the_record(model_dir, tmp_path):
 
 def test_trackers_are_the_trainers(model_dir, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr("exprag.sft._make_trainer", lambda model, config, args, *more: seen.update(args=args) or 1 / 0)
+    monkeypatch.setattr("exprag.sft._make_trainer", lambda model, args, *more: seen.update(args=args) or 1 / 0)
     with pytest.raises(ZeroDivisionError): train(model_dir, toy_samples(8), replace(CONFIG, max_steps=1), tmp_path, progress=False, report_to=["tensorboard"])
     assert seen["args"].report_to == ["tensorboard"] and seen["args"].run_name.startswith("test-")
     with pytest.raises(TypeError, match="tracker"): train(model_dir, toy_samples(8), CONFIG, tmp_path, tracker="tensorboard")

@@ -102,12 +102,12 @@ def check_task(task: Task) -> Task:
                          f"{task.type} has {first} to {first + size - 1}")
     return task
 
-# %% ../../nbs/worlds/00_scienceworld.ipynb #9740484e
+# %% ../../nbs/worlds/00_scienceworld.ipynb #976bb922
 EXPERT_LENGTHS = FrozenMap({  # type -> steps of five expert episodes; None: it failed
     "boil": (36, 47, 31, 51, 26), "change-the-state-of-matter-of": (22, 33, 28, 21, 24),
     "chemistry-mix": (24, 15, 17, 57, 21),
     "chemistry-mix-paint-secondary-color": (20, 16, 20, 6, 6),
-    "chemistry-mix-paint-tertiary-color": (28, 23, 27, 13, 12), "find-animal": (10, 8, 12, 12, 8),
+    "chemistry-mix-paint-tertiary-color": (29, 23, 28, 13, 12), "find-animal": (10, 8, 12, 12, 8),
     "find-living-thing": (10, 8, 12, 12, 8), "find-non-living-thing": (5, 3, 7, 7, 7),
     "find-plant": (10, 12, 12, 12, 8), "freeze": (22, 33, 62, 21, None),
     "grow-fruit": (56, 58, 60, 88, 69), "grow-plant": (29, 31, 33, 32, 28),
@@ -193,9 +193,10 @@ class ScienceWorldEnv(JavaWorld):
         return {"goal": self.goal, "score": self.score, "steps": self.steps,
                 "success": self.score >= SUCCESS_SCORE, "task": self.task}
 
-# %% ../../nbs/worlds/00_scienceworld.ipynb #986dbb14
-STATEFUL_TYPES = ("test-conductivity", "test-conductivity-of-unknown-substances")  # their gold path
-# depends on those made before in the same simulator
+# %% ../../nbs/worlds/00_scienceworld.ipynb #09ec09fe
+STATEFUL_TYPES = (*TOPICS["chemistry"], "test-conductivity",
+                  "test-conductivity-of-unknown-substances")  # their gold path depends on those
+# made before in the same simulator
 
 def gold_path(env: ScienceWorldEnv, task: Task) -> tuple[str, ...]:
     "The actions of the simulator's own expert, some of which the simulator itself rejects."
