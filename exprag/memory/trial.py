@@ -4,32 +4,21 @@
 
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'ARMS', 'ANSWERS', 'TrialError', 'TrialTask', 'read_tasks', 'Design', 'schedule', 'MemorySettings',
-           'ArmMemory', 'TrialMemory', 'Run', 'Command', 'memory_here', 'RunFile', 'confidence_sequence', 'decide',
-           'Prices', 'run_trial', 'Trial', 'TrialPlan', 'run_plan']
+           'ArmMemory', 'TrialMemory', 'Run', 'RunFile', 'confidence_sequence', 'decide', 'Trial', 'run_trial']
 
-# %% ../../nbs/memory/16_trial.ipynb #24a6198c
+# %% ../../nbs/memory/16_trial.ipynb #51dab8e8
 import fcntl
 import json
 import os
 import random
-import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from math import log
 from pathlib import Path
-from string import Template
-from tempfile import TemporaryFile
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..evaluation import RandomRetriever
 from .chat_memory import ChatMemory, ChatMemoryOptions, memory_block
@@ -40,7 +29,7 @@ from ..results import _sync_directory, _whole_lines
 from ..select import Selection, Stage, successes_only, top_k
 from ..statistics import Interval
 from ..store import Store
-from ..trajectory import Table, Trajectory, canonical_json, digest, known, replacing, same_task
+from ..trajectory import canonical_json, digest, known, same_task
 from ..views import load_view
 
 # %% ../../nbs/memory/16_trial.ipynb #9ac1fdca
@@ -142,7 +131,7 @@ def exclude_same_goal() -> Stage:
                 for e, s in zip(candidates, same)]
     return Stage("exclude_same_goal", run)
 
-# %% ../../nbs/memory/16_trial.ipynb #df2a172e
+# %% ../../nbs/memory/16_trial.ipynb #0e0b4afc
 @dataclass(frozen=True)
 class MemorySettings:
     "Which experience is shown, and how."
@@ -155,7 +144,8 @@ class MemorySettings:
     same_goal: bool = False  # may show experience with the task's own goal
 
     def __post_init__(self):
-        load_view(self.view), top_k(self.k)
+        load_view(self.view)
+        if self.k < 1: raise TrialError(f"k is {self.k}; show at least one experience")
 
     def options(self) -> ChatMemoryOptions:
         "As `ChatMemory` takes them."
@@ -243,7 +233,7 @@ class Run:
 class Unreadable(ValueError):
     "A result that means nothing."
 
-# %% ../../nbs/memory/16_trial.ipynb #5494d8d9
+# %% ../../nbs/memory/16_trial.ipynb #687f36d7
 TOKENS = ("tokens_in", "tokens_out", "tokens_cached")
 
 def judge(said,  # what an agent returned
@@ -269,6 +259,9 @@ def judge(said,  # what an agent returned
                                   or count < 0):
             raise Unreadable(f"{name} is {count!r}, and must be a number of tokens")
         tokens[name] = count
+    cached, read = tokens["tokens_cached"], tokens["tokens_in"]
+    if None not in (cached, read) and cached > read:
+        raise Unreadable(f"tokens_cached is {cached}, more than tokens_in, {read}")
     shown = said.get("shown") or ()
     if not isinstance(shown, (list, tuple)) or not all(isinstance(id, str) for id in shown):
         raise Unreadable(f"shown is {shown!r}, and must be a list of ids")
@@ -281,13 +274,13 @@ def short(text: str, width: int = 200) -> str:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     return line if len(line) <= width else line[:width - 3] + "..."
 
-# %% ../../nbs/memory/16_trial.ipynb #561482f7
+# %% ../../nbs/memory/16_trial.ipynb #62c04133
 def run_once(agent: Callable,  # (task, memory) -> result
              task: TrialTask, memory: ArmMemory, repeat: int) -> Run:
     "Run an agent on a task; whatever it does, there is a record."
     begun, made, status, note = time.monotonic(), {}, "done", ""
     try: made = judge(agent(replace(task, check=None), memory), task.check)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kinds = {Unreadable: "unreadable", TimeoutError: "timed out"}
         status = next((s for k, s in kinds.items() if isinstance(error, k)), "crashed")
         note = short(Redactor().text(f"{type(error).__name__}: {error}", Counter()))
@@ -295,98 +288,6 @@ def run_once(agent: Callable,  # (task, memory) -> result
     seconds = round(time.monotonic() - begun, 3)
     return Run(task.id, repeat, memory.mode, status, seconds=seconds, shown=shown, note=note,
                **made)
-
-# %% ../../nbs/memory/16_trial.ipynb #70c390b6
-OUTPUT_LIMIT = 1 << 20  # bytes at the end of a program's output that are read
-
-def _tail(file) -> str:
-    "The end of a file."
-    file.seek(max(0, file.seek(0, os.SEEK_END) - OUTPUT_LIMIT))
-    return file.read().decode("utf-8", "replace")
-
-# %% ../../nbs/memory/16_trial.ipynb #8d948543
-def last_object(text: str) -> dict | None:
-    "The last line that is a JSON object."
-    for line in reversed(text.splitlines()):
-        if not line.strip().startswith("{"): continue
-        try: found = json.loads(line)
-        except (ValueError, RecursionError): continue
-        if isinstance(found, dict): return found
-    return None
-
-# %% ../../nbs/memory/16_trial.ipynb #c624f6eb
-@dataclass(frozen=True)
-class Command:
-    "An agent that is a program: one process a run."
-    argv: str | Sequence[str]  # a line, split as a shell would, or a list
-    timeout: float = 600  # seconds
-    result: str = "json"  # where the result is: in the output, or in the 'exit_status'
-
-    def __post_init__(self):
-        try: argv = shlex.split(self.argv) if isinstance(self.argv, str) else list(self.argv)
-        except ValueError as error:
-            raise TrialError(f"command {self.argv!r} cannot be split: {error}") from None
-        if not argv: raise TrialError("command is empty; give a program and its arguments")
-        if shutil.which(argv[0]) is None:
-            raise TrialError(f"command: there is no program {argv[0]!r}; give its path")
-        known(self.result, ("json", "exit_status"), "place of the result")
-        if self.timeout <= 0: raise TrialError(f"timeout is {self.timeout}, must be above 0")
-        object.__setattr__(self, "argv", tuple(argv))
-
-    def describe(self) -> dict:
-        "What it is, as JSON; not its line, which may hold a secret."
-        return {"command": digest(list(self.argv)), "result": self.result}
-
-    def __call__(self, task: TrialTask, memory: ArmMemory) -> dict:
-        "Run the program on a task."
-        place = {"store": str(memory.store.path.resolve()), "seed": str(memory.seed),
-                 "namespace": memory.settings.namespace, "mode": memory.mode}
-        fields = {"id": task.id, "text": task.text, **place}
-        names = re.compile("|".join(r"\{%s\}" % name for name in fields))
-        argv = [names.sub(lambda m: fields[m[0][1:-1]], a) for a in self.argv[1:]]
-        given = {**fields, "memory": memory.text(task.text), "shown": memory.shown}
-        settings = canonical_json(asdict(memory.settings)).decode()
-        env = {f"EXPRAG_{k.upper()}": v for k, v in place.items()}
-        env = {**os.environ, **env, "EXPRAG_TASK": task.id, "EXPRAG_SETTINGS": settings}
-        status, out, err = _run_program([self.argv[0], *argv], json.dumps(given), env,
-                                        self.timeout)
-        found, last = last_object(out), next(iter(err.strip().splitlines()[::-1]), "")
-        exited = self.result == "exit_status"
-        if status < 0 or (status and not exited):
-            raise RuntimeError(f"exit status {status}. {last}")
-        if exited: return {**{k: v for k, v in (found or {}).items() if k in (*TOKENS, "shown")},
-                           "success": status == 0}
-        if found is None: raise Unreadable(f"no line of its output is a JSON object. {last}")
-        return found
-
-# %% ../../nbs/memory/16_trial.ipynb #b51ba5ac
-def _run_program(argv: Sequence[str], given: str,  # for standard input
-                 env: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
-    "Exit status, output and errors of a program; one that takes too long ends with its children."
-    with TemporaryFile() as stdin, TemporaryFile() as out, TemporaryFile() as err:
-        stdin.write(given.encode())
-        stdin.seek(0)
-        process = subprocess.Popen(argv, stdin=stdin, stdout=out, stderr=err, env=env,
-                                   start_new_session=True)
-        try: status = process.wait(timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # not yet waited for: the number is still its own
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired): raise
-            raise TimeoutError(f"no result after {timeout:g} s") from None
-        return status, _tail(out), _tail(err)
-
-# %% ../../nbs/memory/16_trial.ipynb #1d4ab542
-def memory_here(env: Mapping[str, str] = os.environ) -> ArmMemory:
-    "Within a program that a trial runs: the memory of this run."
-    if missing := [k for k in ("STORE", "MODE", "SEED", "SETTINGS") if f"EXPRAG_{k}" not in env]:
-        raise TrialError(f"EXPRAG_{missing[0]} is not set: this is no run of a trial; use a "
-                         "ChatMemory of your own")
-    given = json.loads(env["EXPRAG_SETTINGS"])
-    settings = MemorySettings(**{**given, "authors": tuple(given["authors"])})
-    store = Store(env["EXPRAG_STORE"], create=False)
-    retriever = Retriever(store, SentenceEncoder(settings.encoder or None))
-    return ArmMemory(retriever, settings, env["EXPRAG_MODE"], int(env["EXPRAG_SEED"]))
 
 # %% ../../nbs/memory/16_trial.ipynb #b960dbf7
 class RunFile:
@@ -495,40 +396,63 @@ def fewest_tasks(level: float) -> int:
     "The number of tasks below which no outcome makes the answer clear."
     return next(n for n in range(1, 100) if could_tell([], n, level))
 
-# %% ../../nbs/memory/16_trial.ipynb #8ee03e6a
-def summary_line(answer: str, interval: Interval, runs: int, tasks: int) -> str:
-    "The answer as a sentence."
-    points = [f"{100 * x:+.0f}" for x in (interval.estimate, interval.low, interval.high)]
-    after = f"{tasks} tasks, {runs} runs"
-    said = f"{points[0]} points of score (between {points[1]} and {points[2]}), {after}"
-    if answer == "cannot tell":
-        return f"Cannot tell with {runs} runs: memory makes a difference of {said}."
-    return f"Memory {answer}: {said}."
+# %% ../../nbs/memory/16_trial.ipynb #6427b321
+@dataclass(frozen=True, repr=False)
+class Trial:
+    "The result of a trial."
+    runs: tuple[Run, ...]  # of complete tasks, in order
+    design: Design
+    planned: int  # tasks
 
-# %% ../../nbs/memory/16_trial.ipynb #d833bd4c
-@dataclass(frozen=True)
-class Prices:
-    "What a million tokens cost."
-    input: float = 0.0
-    output: float = 0.0
-    cached: float | None = None  # of the input; None: as the input
-    currency: str = "USD"
+    @classmethod
+    def of(cls, runs: Mapping[tuple, Run], plan: Sequence[tuple], design: Design) -> "Trial":
+        "The tasks of a plan that are complete."
+        each, found = design.runs_per_task, []
+        for i in range(0, len(plan), each):
+            rows = [runs.get((task.id, repeat, arm)) for task, repeat, arm in plan[i:i + each]]
+            if None in rows: break
+            found += rows
+        return cls(tuple(found), design, len(plan) // each)
 
-    def cost(self, run: Run) -> float | None:  # None: its tokens were not reported
-        "What a run cost."
-        if run.tokens_in is None or run.tokens_out is None: return None
-        cached = run.tokens_cached or 0
-        price = self.input if self.cached is None else self.cached
-        paid = (run.tokens_in - cached) * self.input + cached * price
-        return (paid + run.tokens_out * self.output) / 1e6
+    @property
+    def tasks(self) -> list[str]: return list(dict.fromkeys(run.task for run in self.runs))
 
-# %% ../../nbs/memory/16_trial.ipynb #17388eb4
+    def of_arm(self, arm: str) -> list[Run]: return [r for r in self.runs if r.arm == arm]
+
+    def scores(self, arm: str) -> np.ndarray:  # [tasks]
+        "The mean score of each task."
+        made = {task: [] for task in self.tasks}
+        for run in self.of_arm(arm): made[run.task].append(run.score)
+        return np.array([np.mean(scores) for scores in made.values()])
+
+    def differences(self, a: str = "on", b: str = "off") -> np.ndarray:  # [tasks]
+        return self.scores(a) - self.scores(b)
+
+    @property
+    def answer(self) -> str: return decide(self.differences(), self.design.level)
+
+    @property
+    def hopeless(self) -> bool:
+        "Whether no outcome of the remaining tasks could make the answer clear."
+        left = self.planned - len(self.tasks)
+        return not could_tell(self.differences(), left, self.design.level)
+
+    def __repr__(self):
+        tasks, runs = len(self.tasks), len(self.runs)
+        if not tasks: return "Cannot tell with 0 runs."
+        found = confidence_sequence(self.differences(), self.design.level)[-1]
+        mean, low, high = (f"{100 * x:+.0f}" for x in (found.estimate, found.low, found.high))
+        said = f"{mean} points of score (between {low} and {high}), {tasks} tasks, {runs} runs."
+        if self.answer == "cannot tell":
+            return f"Cannot tell with {runs} runs: memory makes a difference of {said}"
+        return f"Memory {self.answer}: {said}"
+
+# %% ../../nbs/memory/16_trial.ipynb #c62c833a
 def run_trial(agent: Callable,  # (task, memory) -> result, such as a `Command`
               tasks: Sequence[TrialTask],
               memory: TrialMemory,
-              folder: str | os.PathLike,  # for runs.jsonl, trial.html and trial.txt
+              folder: str | os.PathLike,  # for runs.jsonl
               design: Design = Design(),
-              prices: Prices = Prices(),
               progress: Callable[[str], None] = lambda line: None  # is given a line a task
              ) -> "Trial":
     "Run a trial, or the part of it that is not on disk yet."
@@ -556,10 +480,7 @@ def run_trial(agent: Callable,  # (task, memory) -> result, such as a `Command`
                 file.append(run_once(agent, task, memory.arm(arm, seed), repeat))
             _refuse_broken(file.runs, rows, number)
             progress(f"{number + 1} of {count} tasks: {short(rows[0][0].id, 60)}")
-        trial = Trial.of(file.runs, plan, design, prices, memory.goal)
-    for name, text in (("trial.html", trial.page()), ("trial.txt", f"{trial}\n")):
-        with replacing(folder / name) as path: path.write_text(text, encoding="utf-8")
-    return trial
+        return Trial.of(file.runs, plan, design)
 
 # %% ../../nbs/memory/16_trial.ipynb #b993c8bc
 def _name_of(agent: Callable) -> str:
@@ -575,263 +496,3 @@ def _refuse_broken(runs: Mapping[tuple, Run], rows: Sequence[tuple],  # of one t
     if number == 0 and all(r.status != "done" for r in made):
         raise TrialError(f"none of the first {len(made)} runs was done: {made[0].status}, "
                          f"{made[0].note} Mend the agent, and begin in another directory")
-
-# %% ../../nbs/memory/16_trial.ipynb #e837eb00
-@dataclass(frozen=True)
-class Trial:
-    "The result of a trial."
-    runs: tuple[Run, ...]  # of complete tasks, in order
-    design: Design
-    planned: int  # tasks
-    prices: Prices = Prices()
-    goals: Mapping[str, str] = None  # of the experiences, by id
-
-    @classmethod
-    def of(cls, runs: Mapping[tuple, Run], plan: Sequence[tuple], design: Design,
-           prices: Prices = Prices(), goal: Callable = lambda id: "") -> "Trial":
-        "The tasks of a plan that are complete."
-        each, found = design.runs_per_task, []
-        for i in range(0, len(plan), each):
-            rows = [runs.get((task.id, repeat, arm)) for task, repeat, arm in plan[i:i + each]]
-            if None in rows: break
-            found += rows
-        goals = {id: goal(id) for id in {id for run in found for id in run.shown}}
-        return cls(tuple(found), design, len(plan) // each, prices, goals)
-
-    @property
-    def tasks(self) -> list[str]: return list(dict.fromkeys(run.task for run in self.runs))
-
-    def of_arm(self, arm: str) -> list[Run]: return [r for r in self.runs if r.arm == arm]
-
-    def scores(self, arm: str) -> np.ndarray:  # [tasks]
-        "The mean score of each task."
-        made = {task: [] for task in self.tasks}
-        for run in self.of_arm(arm): made[run.task].append(run.score)
-        return np.array([np.mean(scores) for scores in made.values()])
-
-    def differences(self, a: str = "on", b: str = "off") -> np.ndarray:  # [tasks]
-        return self.scores(a) - self.scores(b)
-
-    @property
-    def answer(self) -> str: return decide(self.differences(), self.design.level)
-
-    @property
-    def hopeless(self) -> bool:
-        "Whether no outcome of the remaining tasks could make the answer clear."
-        left = self.planned - len(self.tasks)
-        return not could_tell(self.differences(), left, self.design.level)
-
-    @property
-    def sentence(self) -> str:
-        "The answer, in a sentence."
-        path = confidence_sequence(self.differences(), self.design.level)
-        if not path: return "Cannot tell with 0 runs."
-        return summary_line(self.answer, path[-1], len(self.runs), len(self.tasks))
-
-    def __str__(self):
-        tables = (f"{name}\n\n{table}" for name, table in self.tables().items())
-        return "\n\n\n".join([self.sentence, *tables, self.method()])
-
-    __repr__ = __str__
-
-# %% ../../nbs/memory/16_trial.ipynb #1d93fbf3
-def average(values: Sequence[float | None], form: str = ",.0f") -> str:
-    "The mean of what was reported, and of how many runs if not of all."
-    known_ = [v for v in values if v is not None]
-    if not known_: return "not reported"
-    some = f" ({len(known_)} of {len(values)} runs)" if len(known_) < len(values) else ""
-    return f"{np.mean(known_):{form}}{some}"
-
-# %% ../../nbs/memory/16_trial.ipynb #b3498438
-def arm_column(trial: Trial, arm: str) -> dict[str, str]:
-    "What the runs of an arm came to."
-    runs, scores, prices = trial.of_arm(arm), trial.scores(arm), trial.prices
-    right, lost = sum(r.success for r in runs), sum(r.status != "done" for r in runs)
-    ends = confidence_sequence(2 * scores - 1, trial.design.level)[-1]
-    low, high = (50 * (x + 1) for x in (ends.low, ends.high))
-    made = {"runs": str(len(runs)), "not done": str(lost),
-            "success": f"{right} ({100 * right / len(runs):.0f}%)",
-            "mean score": f"{100 * scores.mean():.0f} [{low:.0f}, {high:.0f}]"}
-    for name in TOKENS[:2]: made[name.replace("_", " ")] = average([getattr(r, name) for r in runs])
-    both = [r for r in runs if r.tokens_in and r.tokens_cached is not None]
-    share = sum(r.tokens_cached for r in both) / max(1, sum(r.tokens_in for r in both))
-    made["from the prefix cache"] = f"{100 * share:.0f}%" if both else "not reported"
-    if prices != Prices(): made[f"cost ({prices.currency})"] = average([prices.cost(r) for r in runs], ".4f")
-    made["seconds"] = average([r.seconds for r in runs], ".1f")
-    made["experiences shown"] = average([len(r.shown) for r in runs], ".1f")
-    return made
-
-# %% ../../nbs/memory/16_trial.ipynb #9f28b282
-@patch
-def by_arm(self: Trial) -> Table:
-    "What the runs of each arm came to."
-    columns = [arm_column(self, arm) for arm in self.design.arms]
-    rows = tuple((name, *(column[name] for column in columns)) for name in columns[0])
-    caption = "Scores from 0 to 100, with intervals; tokens, cost and seconds are means of a run."
-    return Table(("memory", *self.design.arms), rows, caption)
-
-# %% ../../nbs/memory/16_trial.ipynb #f47489e8
-@patch
-def by_difference(self: Trial) -> Table:
-    "How the arms differ, task by task."
-    def row(a, b):
-        d = self.differences(a, b)
-        i, up, down = confidence_sequence(d, self.design.level)[-1], (d > 0).sum(), (d < 0).sum()
-        return (f"{a} minus {b}", f"{100 * i.estimate:+.0f}",
-                f"{100 * i.low:+.0f} to {100 * i.high:+.0f}", *map(str, (up, down, len(d) - up - down)))
-    pairs = [("on", "off"), *[("random", "off"), ("on", "random")] * ("random" in self.design.arms)]
-    caption = "Only the first line decides; the others say whether it is the right experience."
-    header = ("difference", "score", f"{100 * self.design.level:g}% interval", "tasks better",
-              "worse", "equal")
-    return Table(header, tuple(row(*pair) for pair in pairs),
-                 caption if len(pairs) > 1 else "")
-
-# %% ../../nbs/memory/16_trial.ipynb #d9ae27c1
-@patch
-def by_task(self: Trial) -> Table:
-    "The tasks, from those that memory helped most to those that it hurt most."
-    arms, gains, shown = self.design.arms, self.differences(), {}
-    for run in self.of_arm("on"): shown.setdefault(run.task, {}).update(dict.fromkeys(run.shown))
-    scores = [self.scores(arm) for arm in arms]
-    order = np.argsort(-gains, kind="stable")
-    rows = tuple((short(self.tasks[i], 40), *(f"{100 * s[i]:.0f}" for s in scores),
-                  f"{100 * gains[i]:+.0f}",
-                  " ".join(short(id[:8]) for id in shown[self.tasks[i]])) for i in order)
-    return Table(("task", *arms, "on minus off", "experience shown"), rows)
-
-# %% ../../nbs/memory/16_trial.ipynb #72c8e6a0
-@patch
-def by_experience(self: Trial) -> Table:
-    "The experiences that were shown, from the most to the least helpful."
-    gains, tasks = dict(zip(self.tasks, self.differences())), {}
-    for run in self.of_arm("on"):
-        for id in run.shown: tasks.setdefault(id, {})[run.task] = gains[run.task]
-    def row(id):
-        d = list(tasks[id].values())
-        return (f"{short(id[:8])} {short(self.goals.get(id, ''), 60)}", str(len(d)),
-                str(sum(x > 0 for x in d)), str(sum(x < 0 for x in d)), f"{100 * np.mean(d):+.0f}")
-    order = sorted(tasks, key=lambda id: (-sum(tasks[id].values()), id))
-    caption = "What came with an experience need not come from it: these are few tasks each."
-    return Table(("experience", "tasks", "better", "worse", "on minus off"),
-                 tuple(map(row, order)), caption)
-
-# %% ../../nbs/memory/16_trial.ipynb #e8ab50af
-@patch
-def not_done(self: Trial) -> Table:
-    "The runs without a result; each counts as score 0."
-    rows = tuple((short(r.task, 40), str(r.repeat), r.arm, r.status, short(r.note, 120))
-                 for r in self.runs if r.status != "done")
-    return Table(("task", "repeat", "memory", "status", "note"), rows, right=False)
-
-# %% ../../nbs/memory/16_trial.ipynb #3b15ffbd
-@patch
-def tables(self: Trial) -> dict[str, Table]:
-    "All tables that have rows, by heading."
-    if not self.runs: return {}
-    found = {"Arms": self.by_arm(), "Differences": self.by_difference(),
-             "Experiences": self.by_experience(), "Tasks": self.by_task(),
-             "Runs without a result": self.not_done()}
-    return {name: table for name, table in found.items() if table.rows}
-
-# %% ../../nbs/memory/16_trial.ipynb #a3dfe4f7
-@patch
-def method(self: Trial) -> str:
-    "How the answer came about, in a paragraph."
-    done, d = len(self.tasks), self.design
-    ended = ("It stopped because the answer was clear" if self.answer != "cannot tell" else
-             "All planned tasks were run" if done == self.planned else
-             "It stopped because no outcome of the remaining tasks could have made the answer clear")
-    times = "once" if d.repeats == 1 else f"{d.repeats} times"
-    return (f"Each task was run {times} in each of the arms {', '.join(d.arms)}, in random order "
-            f"(seed {d.seed}). {ended}, after {done} of {self.planned} planned tasks. "
-            "A run that crashed, timed out or had no readable result counts as score 0, in every "
-            "arm alike. The intervals are confidence sequences by betting over the tasks "
-            "(Waudby-Smith and Ramdas, JRSS B 2024): each holds with probability "
-            f"{100 * d.level:g}% whenever one stops, if the tasks are drawn from those that matter. "
-            f"A memory that changes nothing is said to help or to hurt in at most "
-            f"{100 * (1 - d.level):.3g}% of trials.")
-
-# %% ../../nbs/memory/16_trial.ipynb #b2bb7a7d
-@patch
-def picture(self: Trial) -> str:
-    "The interval after each task, as SVG."
-    path = confidence_sequence(self.differences(), self.design.level)
-    left, width, top, height = 36, 334, 14, 150
-    def x(i): return left + width * i / max(1, self.planned)
-    def y(value): return top + height * (1 - value) / 2
-    def line(points): return " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    start = [(x(0), y(1))], [(x(0), y(-1))]
-    high = start[0] + [(x(i), y(p.high)) for i, p in enumerate(path, 1)]
-    low = start[1] + [(x(i), y(p.low)) for i, p in enumerate(path, 1)]
-    mean = [(x(i), y(p.estimate)) for i, p in enumerate(path, 1)]
-    def text(a, b, words, anchor="middle"):
-        return f'<text x="{a}" y="{b}" text-anchor="{anchor}">{escape(words)}</text>'
-    rules = "".join(f'<line x1="{left}" x2="{left + width}" y1="{y(v)}" y2="{y(v)}" '
-                    f'stroke-width="{w}"/>' for v, w in ((1, .3), (0, 1.2), (-1, .3)))
-    labels = "".join(text(left - 5, y(v) + 4, f"{100 * v:+g}" if v else "0", "end")
-                     for v in (1, 0, -1))
-    title = "Interval for the difference in score after each task"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 380 206" role="img" '
-            f'aria-label="{title}"><g stroke="#808080">{rules}</g>'
-            f'<polygon points="{line(high + low[::-1])}" fill="#3182bd" fill-opacity="0.3"/>'
-            f'<polyline points="{line(mean)}" fill="none" stroke="#3182bd" stroke-width="2"/>'
-            f'<g fill="#808080" font-family="sans-serif" font-size="11">{labels}'
-            f'{text(left, 182, "0")}{text(left + width, 182, str(self.planned))}'
-            f'{text(left + width / 2, 182, "tasks")}'
-            f'{text(left + width / 2, 200, "score with memory minus without, mean and interval")}'
-            '</g></svg>')
-
-# %% ../../nbs/memory/16_trial.ipynb #a23050e2
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ccc; --soft: #f3f3f3 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #161616; --line: #444; --soft: #222 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 56rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.1rem; margin-top: 2rem }
-svg { width: 100%; max-width: 40rem; height: auto; display: block }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem }
-caption { caption-side: bottom; text-align: left; padding: .4rem 0 }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; overflow-wrap: break-word }
-th { background: var(--soft) } .right :is(th, td):not(:first-child) { text-align: right }
-</style></head><body><h1>$title</h1>$body</body></html>
-""")
-
-# %% ../../nbs/memory/16_trial.ipynb #68777921
-@patch
-def page(self: Trial) -> str:
-    "One page without links or scripts; every text in it is escaped."
-    def section(name, table):
-        right = " right" if name in ("Arms", "Differences") else ""
-        return f'<h2>{escape(name)}</h2><div class="wide{right}">{table.html()}</div>'
-    parts = [section(*item) for item in self.tables().items()]
-    method = f"<h2>Method</h2><p>{escape(self.method())}</p>"
-    body = "".join([self.picture(), *parts, method])
-    return PAGE.substitute(title=escape(self.sentence), body=body)
-
-# %% ../../nbs/memory/16_trial.ipynb #98c02621
-@dataclass(frozen=True)
-class TrialPlan:
-    "What a trial's file holds."
-    tasks: str  # file, see `read_tasks`
-    command: str | tuple[str, ...]  # see `Command`
-    store: str  # file
-    timeout: float = 600  # seconds of a run
-    result: str = "json"  # or 'exit_status'
-    memory: MemorySettings = MemorySettings()
-    design: Design = Design()
-    prices: Prices = Prices()  # for a million tokens
-
-# %% ../../nbs/memory/16_trial.ipynb #f756b6d9
-def run_plan(plan: TrialPlan, folder: str | os.PathLike,  # see `run_trial`
-             progress: Callable[[str], None] = lambda line: None) -> Trial:
-    "Run the trial of a file."
-    agent, tasks = Command(plan.command, plan.timeout, plan.result), read_tasks(plan.tasks)
-    with Store(plan.store, create=False) as store:
-        memory = TrialMemory(store, plan.memory)
-        return run_trial(agent, tasks, memory, folder, plan.design, plan.prices, progress)
