@@ -221,7 +221,7 @@ def picture(self: Report) -> str:
             f'{text(left + width / 2, 200, "score with memory minus without, mean and interval")}'
             '</g></svg>')
 
-# %% ../../nbs/memory/17_trial_report.ipynb #a23050e2
+# %% ../../nbs/memory/17_trial_report.ipynb #b243f23b
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -238,16 +238,17 @@ table { border-collapse: collapse; font-size: .9rem }
 caption { caption-side: bottom; text-align: left; padding: .4rem 0 }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: break-word }
+@media (max-width: 36rem) { table { font-size: .8rem } th, td { padding: .25rem .4rem } }
 th { background: var(--soft) } .right :is(th, td):not(:first-child) { text-align: right }
 </style></head><body><h1>$title</h1>$body</body></html>
 """)
 
-# %% ../../nbs/memory/17_trial_report.ipynb #d6beb2b1
+# %% ../../nbs/memory/17_trial_report.ipynb #d788679e
 @patch
 def page(self: Report) -> str:
     "One page without links or scripts; every text in it is escaped."
     def section(name, table):
-        right = " right" if name in ("Arms", "Differences") else ""
+        right = " right" if table.right else ""
         return f'<h2>{escape(name)}</h2><div class="wide{right}">{table.html()}</div>'
     parts = [section(*item) for item in self.tables().items()]
     method = f"<h2>Method</h2><p>{escape(self.method())}</p>"
