@@ -6,7 +6,7 @@
 __all__ = ['TEXT_LIMIT', 'ARMS', 'ANSWERS', 'TrialError', 'TrialTask', 'read_tasks', 'Design', 'schedule', 'MemorySettings',
            'ArmMemory', 'TrialMemory', 'Run', 'RunFile', 'confidence_sequence', 'decide', 'Trial', 'run_trial']
 
-# %% ../../nbs/memory/16_trial.ipynb #51dab8e8
+# %% ../../nbs/memory/16_trial.ipynb #f3f643ae
 import fcntl
 import json
 import os
@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import log
 from pathlib import Path
 
 import numpy as np
@@ -345,20 +344,19 @@ class RunFile:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/memory/16_trial.ipynb #e4d9f0ad
+# %% ../../nbs/memory/16_trial.ipynb #6e882bfb
 SHARES = (np.arange(20) + 0.5) / 20  # of the wealth, on every difference
 
-def log_wealth(differences: Sequence[float],  # [n] in -1 to 1
-               means: Sequence[float]  # [m] strictly between -1 and 1
-              ) -> np.ndarray:  # [2, n, m]: of who bets on more than this mean, and on less
-    "The logarithm of the wealth after each difference."
+def wealth(differences: Sequence[float],  # [n] in -1 to 1
+           means: Sequence[float]  # [m] strictly between -1 and 1
+          ) -> np.ndarray:  # [2, n, m]: of who bets on more than this mean, and on less
+    "The wealth after each difference."
     d, m = np.asarray(differences, float)[:, None], np.asarray(means, float)[None]
     both = np.stack([(d - m) / (1 + m), (m - d) / (1 - m)])
-    total = np.full(both.shape, -np.inf)
-    for share in SHARES: total = np.logaddexp(total, np.log1p(share * both).cumsum(1))
-    return total - log(len(SHARES))
+    with np.errstate(over="ignore"):  # after a thousand tasks: infinite, and far above any limit
+        return sum((1 + share * both).cumprod(1) for share in SHARES) / len(SHARES)
 
-# %% ../../nbs/memory/16_trial.ipynb #f9053546
+# %% ../../nbs/memory/16_trial.ipynb #0bc55609
 def confidence_sequence(differences: Sequence[float],  # [n] in -1 to 1, one a task, in order
                         level: float = 0.95
                        ) -> list[Interval]:  # after each; the ends themselves are excluded
@@ -367,20 +365,20 @@ def confidence_sequence(differences: Sequence[float],  # [n] in -1 to 1, one a t
     if not len(d): return []
     if not (np.isfinite(d).all() and np.abs(d).max() <= 1):
         raise ValueError(f"differences {d}: expected numbers from -1 to 1")
-    above, below = log_wealth(d, means) >= log(2 / (1 - level))
+    above, below = wealth(d, means) >= 2 / (1 - level)
     low = np.maximum.accumulate(np.where(above, means, -1).max(1))
     high = np.minimum.accumulate(np.where(below, means, 1).min(1))
     middles = d.cumsum() / np.arange(1, len(d) + 1)
     return [Interval(*map(float, ends), level, "betting") for ends in zip(middles, low, high)]
 
-# %% ../../nbs/memory/16_trial.ipynb #24bb6d31
+# %% ../../nbs/memory/16_trial.ipynb #dd7f751a
 ANSWERS = ("helps", "hurts", "cannot tell")
 
 def decide(differences: Sequence[float],  # on minus off, one a task, in order
            level: float = 0.95) -> str:  # of `ANSWERS`
     "Whether 0 is excluded, and on which side."
     if not len(differences): return "cannot tell"
-    reached = log_wealth(differences, [0.0])[..., 0] >= log(2 / (1 - level))
+    reached = wealth(differences, [0.0])[..., 0] >= 2 / (1 - level)
     first = [int(r.argmax()) if r.any() else len(r) for r in reached]
     if first[0] == first[1]: return "cannot tell"
     return "helps" if first[0] < first[1] else "hurts"
