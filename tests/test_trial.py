@@ -153,7 +153,7 @@ class TestSchedule:
         assert min(first.values()) > 15  # each arm goes first now and then
 
     @pytest.mark.parametrize("change, said", [({"arms": ("on",)}, "'off' and 'on'"), ({"arms": ("off", "on", "on")}, "once each"), ({"arms": ("off", "onn")}, "did you mean"),
-                                              ({"repeats": 0}, "repeats is 0"), ({"level": 95}, "between 0.5 and 1")])
+                                              ({"repeats": 0}, "repeats is 0"), ({"budget": -9}, "budget is -9"), ({"level": 95}, "between 0.5 and 1")])
     def test_a_design_that_means_nothing_is_refused(self, change, said):
         with pytest.raises(ValueError, match=said): Design(**change)
 
@@ -187,7 +187,7 @@ class TestResults:
         assert (made["success"], made["score"]) == (success, score)
 
     @pytest.mark.parametrize("said", [None, {}, [], {"tokens_in": 3}, 7, -0.1, float("nan"), {"score": "1"}, {"score": True}, {"success": "yes"}, {"success": True, "tokens_in": -1},
-                                      {"success": True, "tokens_in": 2.5}, {"success": True, "tokens_in": 1, "tokens_cached": 2}, {"success": True, "shown": "abc"}, {"success": True, "shown": [1]}])
+                                      {"success": True, "tokens_in": 2.5}, {"success": True, "tokens_in": 1, "tokens_cached": 2}, {"answer": None}, {"answer": ["deploy"]}, {"success": True, "shown": "abc"}, {"success": True, "shown": [1]}])
     def test_a_result_that_means_nothing_counts_as_a_failure(self, said):
         run = run_once(lambda task, memory: said, TASKS[0], Still().arm("on"), 1)
         assert (run.status, run.success, run.score, run.tokens_in) == ("unreadable", False, 0, None) and run.note
@@ -433,6 +433,15 @@ class TestCommand:
         run_trial(agent, TASKS, memory, tmp_path / "out", Design(("off", "on")))
         kept = (tmp_path / "out" / "runs.jsonl").read_text()
         assert not [word for word in ("hunter2", "token-of-mine", "sk-0") if word in kept]
+
+    def test_a_changed_script_is_another_trial(self, memory, tmp_path):
+        script, out = tmp_path / "agent.py", tmp_path / "out"
+        for line, said in (("print('{\"success\": true}')", None), ("print('{\"success\": 1}')", "another 'agent'")):
+            script.write_text(line)
+            agent = Command([PYTHON, str(script), "x" * 5000])
+            if said is None: run_trial(agent, TASKS[:8], memory, out)
+            else:
+                with pytest.raises(TrialError, match=said): run_trial(agent, TASKS[:8], memory, out)
 
     @pytest.mark.parametrize("argv, said", [("", "empty"), ("no-such-program-here x", "no program 'no-such-program-here'"), ("'open", "cannot be split")])
     def test_a_command_that_cannot_run_is_refused_at_once(self, argv, said):

@@ -83,7 +83,7 @@ def _distinct(tasks: Sequence[TrialTask]) -> tuple[TrialTask, ...]:
     if twice: raise TrialError(f"{twice[0]!r} is the id of several tasks; give each its own")
     return tuple(tasks)
 
-# %% ../../nbs/memory/16_trial.ipynb #ec4fcd3e
+# %% ../../nbs/memory/16_trial.ipynb #075fb084
 ARMS = ("off", "on", "random")
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ class Design:
         if not {"off", "on"} <= set(self.arms) or len(set(self.arms)) < len(self.arms):
             raise TrialError(f"arms are {list(self.arms)}; give 'off' and 'on' once each, and "
                              "'random' if wanted")
-        if self.repeats < 1: raise TrialError(f"repeats is {self.repeats}, must be at least 1")
+        for name in ("repeats", "budget"):
+            if getattr(self, name) < 1:
+                raise TrialError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not 0.5 < self.level < 1:
             raise TrialError(f"level is {self.level}, must be between 0.5 and 1, such as 0.95")
 
@@ -232,7 +234,7 @@ class Run:
 class Unreadable(ValueError):
     "A result that means nothing."
 
-# %% ../../nbs/memory/16_trial.ipynb #687f36d7
+# %% ../../nbs/memory/16_trial.ipynb #15b5d5aa
 TOKENS = ("tokens_in", "tokens_out", "tokens_cached")
 
 def judge(said,  # what an agent returned
@@ -247,7 +249,9 @@ def judge(said,  # what an agent returned
     success, score, tokens = said.get("success"), said.get("score"), {}
     if success is None and score is None:
         if check is None: raise Unreadable("there is an answer, and the task has no check")
-        success = str(said["answer"]).split() == check.split()
+        if not isinstance(answer := said.get("answer"), (str, int, float)):
+            raise Unreadable(f"answer is {answer!r}, and must be a text or a number")
+        success = str(answer).split() == check.split()
     if success not in (True, False, None): raise Unreadable(f"success is {success!r}")
     if score is None: score = float(success)
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:

@@ -280,7 +280,13 @@ def last_object(text: str) -> dict | None:
         if isinstance(found, dict): return found
     return None
 
-# %% ../../nbs/memory/17_trial_report.ipynb #abd66136
+# %% ../../nbs/memory/17_trial_report.ipynb #878432ac
+def _is_small_file(path: Path) -> bool:
+    "Whether it is the name of a file that is quickly read, such as a script."
+    try: return path.is_file() and path.stat().st_size <= OUTPUT_LIMIT
+    except (OSError, ValueError): return False
+
+# %% ../../nbs/memory/17_trial_report.ipynb #4f7f965a
 @dataclass(frozen=True)
 class Command:
     "An agent that is a program: one process a run."
@@ -301,7 +307,10 @@ class Command:
 
     def describe(self) -> dict:
         "What it is, as JSON; not its line, which may hold a secret."
-        return {"command": digest(list(self.argv)), "result": self.result, "timeout": self.timeout}
+        named = [path for path in map(Path, self.argv[1:]) if _is_small_file(path)]
+        files = [path.read_bytes().hex() for path in named]
+        return {"command": digest([self.argv, files]), "result": self.result,
+                "timeout": self.timeout}
 
     def __call__(self, task: TrialTask, memory: ArmMemory) -> dict:
         "Run the program on a task."
