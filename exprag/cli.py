@@ -164,16 +164,16 @@ def _add_stages(commands) -> None:
             command.add_argument(f"--{option}", **settings)
         command.set_defaults(run=_run_stage, stage=stage)
 
-# %% ../nbs/21_command_line.ipynb #3a458a27
+# %% ../nbs/21_command_line.ipynb #c5e5a1a1
 def _run_trial(given: argparse.Namespace) -> None:
     "Run a trial of the user's agent."
     import tomllib
     from exprag.memory.trial_report import TrialPlan, run_plan
-    from exprag.plans import _changed, _from_table
+    from exprag.plans import with_changes, from_table
     try: table = tomllib.loads(given.file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{given.file} is not TOML: {error}") from None
-    plan = _from_table(TrialPlan, _changed(table, given.set), "")
+    plan = from_table(TrialPlan, with_changes(table, given.set), "")
     def say(line): print(line, file=sys.stderr)
     print(run_plan(plan, given.out, say))
     print(f"Written to {given.out}: trial.html, trial.txt, and runs.jsonl with every run.")

@@ -121,8 +121,8 @@ def _fits(value, kind) -> bool:
     if get_origin(kind) is Mapping or kind is Mapping: return isinstance(value, Mapping)
     return isinstance(value, kind)
 
-# %% ../nbs/22_plans.ipynb #b20bf64b
-def _from_table(cls, table: Mapping, where: str):
+# %% ../nbs/22_plans.ipynb #4d96b3b3
+def from_table(cls, table: Mapping, where: str):
     "A dataclass of a TOML table; PlanError for what it has no field for, or of another type."
     kinds, given = get_type_hints(cls), {}
     for key, value in table.items():
@@ -132,7 +132,7 @@ def _from_table(cls, table: Mapping, where: str):
             raise PlanError(f"{where}{key} is unknown; {hint}")
         kind = kinds[key]
         if is_dataclass(kind):
-            given[key] = _from_table(kind, _table(value, where + key), f"{where}{key}.")
+            given[key] = from_table(kind, _table(value, where + key), f"{where}{key}.")
         elif not _fits(value, kind):
             wanted = getattr(kind, "__name__", kind) if not get_args(kind) else kind
             raise PlanError(f"{where}{key} is {value!r}, and must be {wanted}")
@@ -254,8 +254,8 @@ def plan_names() -> tuple[str, ...]:
     there = (files("exprag") / "assets" / "plans").iterdir()
     return tuple(sorted(p.name.removesuffix(".toml") for p in there if p.name.endswith(".toml")))
 
-# %% ../nbs/22_plans.ipynb #68bdbb0e
-def _changed(table: dict, changes: Sequence[str]) -> dict:
+# %% ../nbs/22_plans.ipynb #3886df44
+def with_changes(table: dict, changes: Sequence[str]) -> dict:
     "A plan's table with `key=value` changes."
     for text in changes:
         key, sign, value = text.partition("=")
@@ -267,7 +267,7 @@ def _changed(table: dict, changes: Sequence[str]) -> dict:
         except tomllib.TOMLDecodeError: inner[last] = value.strip()
     return table
 
-# %% ../nbs/22_plans.ipynb #d4920b79
+# %% ../nbs/22_plans.ipynb #d42f601e
 def load_plan(name: str | os.PathLike,  # of a plan in the package, or a TOML file
               changes: Sequence[str] = ()  # 'key=value' each, such as 'memory.k=4'
              ) -> Plan:
@@ -282,7 +282,7 @@ def load_plan(name: str | os.PathLike,  # of a plan in the package, or a TOML fi
                         f"{', '.join(plan_names())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} is not TOML: {error}") from None
-    try: return _check(_from_table(Plan, _changed(table, changes), ""))
+    try: return _check(from_table(Plan, with_changes(table, changes), ""))
     except ValueError as error: raise PlanError(f"{path.name}: {error}") from error
 
 # %% ../nbs/22_plans.ipynb #1d92bb7f

@@ -49,7 +49,7 @@ class Episode:
         return cls(t.task, 100 * normalised_score(t), bool(t.success), len(t), **cost,
                    seconds=float(about.get("seconds", 0)), stop=str(about.get("stop", "")))
 
-# %% ../nbs/13_results.ipynb #276fa8bb
+# %% ../nbs/13_results.ipynb #423fe792
 class EpisodeFile:
     "Finished episodes in a JSON Lines file: one writer, appended durably, resumable after a kill."
 
@@ -61,11 +61,11 @@ class EpisodeFile:
             self._file.close()
             raise BlockingIOError(f"{self.path} is being written by another process; wait for it, "
                                   "or give another directory") from None
-        whole = _whole_lines(self.path)
+        whole = whole_lines(self.path)
         if whole < self.path.stat().st_size:
             self._file.truncate(whole)
             os.fsync(self._file.fileno())
-        _sync_directory(self.path.parent)  # a new file's name, too
+        sync_directory(self.path.parent)  # a new file's name, too
         self.done = {t.task: t for t in read_episodes(self.path)}
 
     def append(self, trajectory: Trajectory  # finished, of a task not yet in the file
@@ -85,23 +85,23 @@ class EpisodeFile:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/13_results.ipynb #56b7267c
-def _whole_lines(path: str | os.PathLike) -> int:  # bytes
+# %% ../nbs/13_results.ipynb #122a89f2
+def whole_lines(path: str | os.PathLike) -> int:  # bytes
     "How much of a file is whole lines; what follows was cut while being written."
     return Path(path).read_bytes().rfind(b"\n") + 1
 
-# %% ../nbs/13_results.ipynb #da1b986d
-def _sync_directory(folder: Path) -> None:
+# %% ../nbs/13_results.ipynb #37eb67fd
+def sync_directory(folder: Path) -> None:
     "Force a directory's entries to disk, so that a new file's name survives a crash."
     handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../nbs/13_results.ipynb #86e913e2
+# %% ../nbs/13_results.ipynb #7c4c2fe2
 def read_episodes(path: str | os.PathLike  # a file of `EpisodeFile`
                  ) -> list[Trajectory]:
     "The episodes of a file, without a last line that was cut; the file is not changed."
-    made, lines = [], Path(path).read_bytes()[:_whole_lines(path)].splitlines()
+    made, lines = [], Path(path).read_bytes()[:whole_lines(path)].splitlines()
     for number, line in enumerate(lines, 1):
         try: made.append(Trajectory.from_dict(json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -110,7 +110,7 @@ def read_episodes(path: str | os.PathLike  # a file of `EpisodeFile`
                              "line and its episode is run again") from None
     return made
 
-# %% ../nbs/13_results.ipynb #7334bea9
+# %% ../nbs/13_results.ipynb #51e2ba2a
 def run_directory(out_dir: str | os.PathLike,  # where runs live
                   config: Mapping  # JSON-ready; holds `name`, `seed`, `panel` (name, tasks, ...)
                  ) -> Path:
@@ -121,7 +121,7 @@ def run_directory(out_dir: str | os.PathLike,  # where runs live
     path = folder / "config.json"
     if not path.exists():
         write_json(path, config)
-        _sync_directory(folder), _sync_directory(folder.parent)
+        sync_directory(folder), sync_directory(folder.parent)
     elif json.loads(path.read_text("utf-8")) != json.loads(json.dumps(config)):
         raise ValueError(f"{path} is not the configuration that its directory is named for; was it "
                          "edited? Move the directory away and run again")

@@ -93,7 +93,7 @@ def test_two_writers_are_refused(tmp_path):
 
 def test_a_new_file_is_in_its_directory_before_anything_counts(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("exprag.results._sync_directory", synced.append)
+    monkeypatch.setattr("exprag.results.sync_directory", synced.append)
     with EpisodeFile(tmp_path / "e.jsonl"): assert synced == [tmp_path]
 
 

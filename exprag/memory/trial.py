@@ -6,7 +6,7 @@
 __all__ = ['TEXT_LIMIT', 'ARMS', 'ANSWERS', 'TrialError', 'TrialTask', 'read_tasks', 'Design', 'schedule', 'MemorySettings',
            'ArmMemory', 'TrialMemory', 'Run', 'RunFile', 'confidence_sequence', 'decide', 'Trial', 'run_trial']
 
-# %% ../../nbs/memory/16_trial.ipynb #f3f643ae
+# %% ../../nbs/memory/16_trial.ipynb #817fb009
 import fcntl
 import json
 import os
@@ -24,7 +24,7 @@ from .chat_memory import ChatMemory, ChatMemoryOptions, memory_block
 from .curation import Trust
 from .maintenance import Redactor
 from ..query import Retriever, SentenceEncoder
-from ..results import _sync_directory, _whole_lines
+from ..results import sync_directory, whole_lines
 from ..select import Selection, Stage, successes_only, top_k
 from ..statistics import Interval
 from ..store import Store
@@ -292,7 +292,7 @@ def run_once(agent: Callable,  # (task, memory) -> result
     return Run(task.id, repeat, memory.mode, status, seconds=seconds, shown=shown, note=note,
                **made)
 
-# %% ../../nbs/memory/16_trial.ipynb #b960dbf7
+# %% ../../nbs/memory/16_trial.ipynb #8eff429a
 class RunFile:
     "The runs of a trial in a JSON Lines file: one writer, appended durably, resumable."
     def __init__(self, path: str | os.PathLike,  # made if it is not there
@@ -305,8 +305,8 @@ class RunFile:
             except OSError:
                 raise BlockingIOError(f"{self.path} is being written by another process; wait for "
                                       "it, or give another directory") from None
-            self._file.truncate(_whole_lines(self.path))
-            _sync_directory(self.path.parent)
+            self._file.truncate(whole_lines(self.path))
+            sync_directory(self.path.parent)
             self.runs = self._read(about)
             if not self.path.stat().st_size: self._append(about)
         except BaseException:
