@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/21_command_line.ipynb #54aaa0b8
+# %% ../nbs/21_command_line.ipynb #5573949c
 def _run_demo(given: argparse.Namespace) -> None:
     "Run the demo and print its table."
     from exprag.demo import CONTROLS, FIVE, PLANS, TRACKED_REPLAY, demo, with_tracking
@@ -29,7 +29,7 @@ def _run_demo(given: argparse.Namespace) -> None:
     out = given.out or Path("runs", "-".join(parts))
     demo(out, plan, given.model, given.encoder, given.recipe, given.threads)
     print((out / "table.txt").read_text(encoding="utf-8"))
-    print(f"Written to {out}: table.txt, figure.png, episodes/, adapters/, and the store of "
+    print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the store of "
           "experience.")
 
 # %% ../nbs/21_command_line.ipynb #7d65c8be

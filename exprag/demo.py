@@ -7,7 +7,7 @@ __all__ = ['CONTROLS', 'TRACKED_REPLAY', 'DEMO_TYPES', 'PLANS', 'QUESTIONS', 'Pl
            'gather', 'condition_of', 'memory_of', 'memory_of_demonstrations', 'demonstrations_of', 'allowed', 'Place',
            'train_adapters', 'shared_environments', 'compare_conditions', 'write_report', 'demo']
 
-# %% ../nbs/20_demo.ipynb #5f553905
+# %% ../nbs/20_demo.ipynb #47a13003
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +23,7 @@ from .evaluation import (Condition, EvaluationOptions, condition, evaluate, memo
 from .memory.adaptation import adapt, adapt_to_goal
 from .memory.tracking import align, track_progress
 from .models.local import HFPolicy
+from .page import report_page
 from .plans import FIVE
 from .prompt import PromptEncoder, PromptFormat
 from .query import Retriever, SentenceEncoder
@@ -267,11 +268,11 @@ def compare_conditions(plan: Plan, retriever: Retriever, reports: dict[str, RunR
                                  [report.manifest if report else base], options))
     return Results(tuple(runs))
 
-# %% ../nbs/20_demo.ipynb #46956d5c
+# %% ../nbs/20_demo.ipynb #9a1be28d
 QUESTIONS = (*SECONDARY, Question("ExpRAG-LoRA", TRACKED_REPLAY))
 
 def write_report(folder: Path, plan: Plan, results: Results, reports: dict[str, RunReport]) -> None:
-    "The tables as text, the figure, and what the two adapters cost."
+    "The tables as text, the figure, a page, and what the two adapters cost."
     import matplotlib.pyplot as plt
     asked = [q for q in QUESTIONS if q.b != TRACKED_REPLAY or q.b in results.names]
     left_out = ", ".join(t for t in HARD_TYPES if t not in plan.types)
@@ -286,6 +287,8 @@ def write_report(folder: Path, plan: Plan, results: Results, reports: dict[str, 
     text = "\n\n".join(f"{head.upper()}\n\n{part}" for head, part in parts.items())
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     write_json(folder / "plan.json", asdict(plan))
+    page = report_page(results.runs, "The demo", f"{parts['Training']} Left out: {left_out}.")
+    (folder / "report.html").write_text(page, encoding="utf-8")
     plot_results(results)
     plt.savefig(folder / "figure.png", dpi=120, bbox_inches="tight")
     plt.close("all")

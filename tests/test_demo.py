@@ -54,7 +54,7 @@ def test_the_quick_demo_prints_its_table_and_writes_everything(finished):
     out, done = finished
     assert (out / "table.txt").read_text() in done.stdout
     assert all(name in done.stdout for name in PLANS["quick"].conditions) and "ExpRAG-LoRA minus LoRA" in done.stdout
-    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG" and len(list((out / "episodes").glob("*/episodes.jsonl"))) == 5
+    assert "Task by task" in (out / "report.html").read_text() and (out / "figure.png").read_bytes()[:4] == b"\x89PNG" and len(list((out / "episodes").glob("*/episodes.jsonl"))) == 5
 
 
 def test_run_again_it_reuses_what_is_there(finished):
