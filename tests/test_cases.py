@@ -164,6 +164,39 @@ def test_two_calls_between_tags_and_both_responses_in_one_turn():
     assert broken.actions == ("<tool_call>find(7)</tool_call>",)  # no call of ours: text
 
 
+def test_ids_that_are_numbers_and_results_that_are_objects():
+    episode = read_conversation([user(WHERE), agent(None, call(5)), tool({"depot": "B"}, 5), agent("In B.")])
+    assert episode.steps[0].observation == '{"depot": "B"}' and episode.steps[0].tool_calls[0]["id"] == "5"
+
+
+def test_a_picture_is_counted_and_any_other_part_is_refused(tmp_path):
+    shown = {"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": "image_url", "image_url": {"url": "x"}}, "at it"]}
+    record = {"messages": [agent("Hi"), shown, agent("A cat."), {"role": "user", "content": [shown["content"][1]]}, agent("Two.")]}
+    used = {"messages": [user("a"), {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}]}
+    [episode], problems = read(dump(tmp_path / "log.jsonl", record, used))
+    assert (episode.goal, episode.steps[0].observation) == ("Look\n\nat it", "[image_url]") and dict(episode.provenance["left_out"]) == {"image_url": 2}
+    assert [p[:3] for p in problems] == [("line", 2, "messages[1].content")]
+    for format in NAMES:
+        write_log([episode], tmp_path / "out.jsonl", format)
+        assert list(read_log(tmp_path / "out.jsonl", format)) == [episode]
+    assert write_record(episode, FORMATS["openai"]) == record
+
+
+def test_calls_before_the_user_has_spoken_are_preamble_in_the_usual_form(tmp_path):
+    record = {"messages": [agent(None, {"name": "who", "args": {}, "id": "w"}), tool("ann", "w"), user("a"), agent("b")]}
+    episode = one(dump(tmp_path / "log.jsonl", record))
+    assert episode.extra["preamble"][0]["tool_calls"][0]["function"]["name"] == "who" and episode.actions == ("b",)
+    for format in NAMES:
+        write_log([episode], tmp_path / "out.jsonl", format)
+        assert list(read_log(tmp_path / "out.jsonl", format)) == [episode]
+
+
+def test_what_is_nested_too_deeply_costs_only_itself(tmp_path):
+    deep = b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"x":' + b"[" * 800 + b"]" * 800 + b"}"
+    found, problems = read(dump(tmp_path / "log.jsonl", deep, chat("Goal", "act")))
+    assert goals(found)[-1] == "Goal" and all("nested too deeply" in p[3] for p in problems)
+
+
 # Goals, preambles, thoughts
 
 

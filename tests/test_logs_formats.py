@@ -173,7 +173,7 @@ def test_tool_calls_and_results_in_any_order():
     ({"messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}]}, "openai", "messages[1].role"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "openai", "messages[0].role"),
     ({"messages": chat("a")["messages"]}, "openai", "messages"), ({"messages": []}, "openai", "messages"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "openai", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "openai", "messages[0].content"), (chat("", "b"), "openai", "messages"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]}, "openai", "messages[1]"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "function_call": {"nam": "f"}}]}, "openai", "messages[1].function_call.function"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": "f"}]}, "openai", "messages[1].tool_calls"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'detect', 'read_log', 'Imported', 'import_log', 'write_log']
 
-# %% ../../nbs/logs/04_files.ipynb #a555b628
+# %% ../../nbs/logs/04_files.ipynb #0f1d56bd
 import json
 import os
 import re
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .formats import (
     ANSWERS, FAULTS, FORMATS, KEPT, Format, Options, episode_of, listed, lost, read_record,
-    record_of, restored, whole_hash, write_record)
+    reason_of, record_of, restored, whole_hash, write_record)
 from .messages import storable, write_conversation
 from .records import (
     LIMIT, BadRecord, Refused, Report, Sorter, arrow, records, refuse, write_records)
@@ -270,7 +270,7 @@ def _as_record(value, fmt: Format):
                             f"{mark!r}; of several records, write one a line")
     return {fmt.turns: value}
 
-# %% ../../nbs/logs/04_files.ipynb #6828e721
+# %% ../../nbs/logs/04_files.ipynb #0551f3c8
 def _episodes(found: Iterator[tuple[str, int, object]], kind: str, reading: _Reading
              ) -> Iterator[tuple[str, int, Trajectory]]:  # unit and number of the record, episode
     "The episodes among the records of one file."
@@ -286,8 +286,7 @@ def _episodes(found: Iterator[tuple[str, int, object]], kind: str, reading: _Rea
                 record = _without_padding(record, fmt) if unit == "row" else record
                 made = read_record(record, fmt, reading.options)
         except FAULTS as error:
-            reason = getattr(error, "reason", str(error))
-            reading.refuse(unit, number, getattr(error, "field", ""), reason)
+            reading.refuse(unit, number, getattr(error, "field", ""), reason_of(error))
         else: yield unit, number, made
 
 # %% ../../nbs/logs/04_files.ipynb #68ed3e30

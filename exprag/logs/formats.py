@@ -99,7 +99,7 @@ _ROLES = FrozenMap({
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "observation")})
 
-# %% ../../nbs/logs/03_formats.ipynb #584e87ba
+# %% ../../nbs/logs/03_formats.ipynb #4bce6c1a
 def _function_calls(text: str,  # JSON: one call or a list of them
                     where: str) -> list[dict]:
     "The calls in a `function_call` turn."
@@ -110,7 +110,7 @@ def _function_calls(text: str,  # JSON: one call or a list of them
     calls = calls if isinstance(calls, list) else [calls]
     named = (isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls)
     if not calls or not all(named): raise BadRecord(where, "holds a call without a name")
-    return [{"arguments": "null", **c} for c in calls]
+    return calls
 
 # %% ../../nbs/logs/03_formats.ipynb #5cc09d08
 def _sharegpt_messages(turns: list[Mapping],
@@ -239,7 +239,7 @@ def _split_of(options: Options, fmt: Format,
         return (whole if chat_task(text.strip()).variation == task.variation else first)(text)
     return split
 
-# %% ../../nbs/logs/03_formats.ipynb #29b95afd
+# %% ../../nbs/logs/03_formats.ipynb #5e15d808
 FAULTS = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 def _episode(messages: list[Mapping], record: Mapping, fmt: Format, options: Options) -> Trajectory:
@@ -251,20 +251,29 @@ def _episode(messages: list[Mapping], record: Mapping, fmt: Format, options: Opt
                              preamble, fmt.turns, **options.outcome(record), **by)
     if not len(made):
         raise BadRecord(fmt.turns, "nothing was done: there is no turn of the agent")
+    if not made.goal.strip():
+        raise BadRecord(fmt.turns, "the first user turn is empty: it should say what to do")
     if not fmt.loss: return made
     def unmarked(step):  # where the format marks all turns, `loss: true` is the default
         marks = {k: v for k, v in step.extra.items() if (k, v) != ("loss", True)}
         return replace(step, extra=marks)
     return replace(made, steps=tuple(map(unmarked, made.steps)))
 
-# %% ../../nbs/logs/03_formats.ipynb #67ca517b
+# %% ../../nbs/logs/03_formats.ipynb #404e6ea5
+def reason_of(error: Exception) -> str:
+    "What an error says about a record."
+    if isinstance(error, RecursionError): return "is nested too deeply to be kept"
+    if isinstance(error, OverflowError): return f"holds a number that is too large: {error}"
+    return getattr(error, "reason", None) or str(error) or type(error).__name__
+
+# %% ../../nbs/logs/03_formats.ipynb #798050f0
 def episode_of(messages: list[Mapping],  # OpenAI's chat messages
                record: Mapping,  # that they came from
                fmt: Format, options: Options) -> Trajectory:
     "The episode in a conversation; whatever is wrong with it is a `BadRecord`."
     try: return _episode(messages, record, fmt, options)
     except BadRecord: raise
-    except FAULTS as error: raise BadRecord(fmt.turns, str(error)) from None
+    except FAULTS as error: raise BadRecord(fmt.turns, reason_of(error)) from None
 
 # %% ../../nbs/logs/03_formats.ipynb #f4cdb16b
 def whole_hash(trajectory: Trajectory) -> str:  # 32 hex digits

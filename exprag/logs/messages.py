@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['read_conversation', 'write_conversation']
 
-# %% ../../nbs/logs/00_messages.ipynb #dd93da45
+# %% ../../nbs/logs/00_messages.ipynb #845b6ef2
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -26,6 +27,30 @@ def storable(value):  # a JSON value
     if isinstance(value, float): return value if math.isfinite(value) else None
     if isinstance(value, Mapping): return {storable(k): storable(v) for k, v in value.items()}
     return [storable(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+# %% ../../nbs/logs/00_messages.ipynb #a442d6be
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_SHOWN = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file",
+          "input_file", "document")  # kinds of parts that are no text
+
+def text_of(message: Mapping,
+            left: Counter | None = None  # counts the parts without text, by kind
+           ) -> str:
+    "The text of a message; what a tool returned may be any JSON."
+    content, role = message.get("content"), message.get("role")
+    if isinstance(content, Mapping) and role in ("tool", "observation", "function"):
+        return json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, (list, tuple)): return content_text(message)
+    texts, others = [], []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _SHOWN: others.append(kind)
+        elif isinstance(kind, str) and kind in _TEXTS and isinstance(part.get(_TEXTS[kind]), str):
+            texts.append(part[_TEXTS[kind]])
+        else: content_text({"role": role, "content": [part]})  # says what is wrong
+    if left is not None: left.update(others)
+    return "\n\n".join(texts) or " ".join(f"[{kind}]" for kind in others)
 
 # %% ../../nbs/logs/00_messages.ipynb #7fb69b2e
 _ARGUMENTS = ("arguments", "args", "input", "parameters")  # names of the same field
@@ -103,12 +128,10 @@ def split_thought(text: str) -> tuple[str, str | None]:  # action, thought
     action, more = split_thought(text.lstrip())
     return action, "\n\n".join(filter(None, (before.strip(), more))) or None
 
-# %% ../../nbs/logs/00_messages.ipynb #3a7d5d0e
+# %% ../../nbs/logs/00_messages.ipynb #759c7d8c
 def _spoken(message: Mapping, where: str) -> tuple[str, str | None]:  # text, thought
     "What the agent said in a turn, and what it thought."
-    try: text = content_text(message)
-    except TrajectoryError as error: raise BadRecord(f"{where}.content", str(error)) from None
-    own = message.get("reasoning_content")
+    text, own = text_of(message), message.get("reasoning_content")
     if own is not None and not isinstance(own, str):
         raise BadRecord(f"{where}.reasoning_content", f"is a {type(own).__name__}: expected text")
     if not own and isinstance(message.get("reasoning"), str): own = message["reasoning"]
@@ -156,12 +179,12 @@ def _place_of(turns: list[_Turn], id, name) -> tuple[_Turn, int] | None:
             return turn, (called or waiting)[0]
     return None
 
-# %% ../../nbs/logs/00_messages.ipynb #a7f45a51
+# %% ../../nbs/logs/00_messages.ipynb #16502b68
 def _answer(turns: list[_Turn], message: Mapping, where: str) -> None:
     "Put the result of a call to its call."
-    text, id = content_text(message), message.get("tool_call_id") or message.get("call_id")
-    made = {known for turn in turns for known in turn.ids}
-    if id is None and message.get("id") in made: id = message["id"]
+    text, made = text_of(message), {known for turn in turns for known in turn.ids}
+    id = next((str(message[k]) for k in ("tool_call_id", "call_id") if message.get(k)), None)
+    if id is None and str(message.get("id")) in made: id = str(message["id"])
     loose = message["role"] == "observation"  # may answer an action that is text
     for part in _RESPONSE.findall(text) if _RESPONSE.match(text) else [text]:
         place = _place_of(turns, id, message.get("name"))
@@ -173,24 +196,24 @@ def _answer(turns: list[_Turn], message: Mapping, where: str) -> None:
             raise BadRecord(where, f"is the result of call {id!r}, which nobody made; the calls "
                                    f"before it are {', '.join(sorted(made))}")
 
-# %% ../../nbs/logs/00_messages.ipynb #0429a07d
+# %% ../../nbs/logs/00_messages.ipynb #39808b8b
 _ROLES = {"developer": "system", "function": "tool", "ipython": "observation"}
 _KNOWN = ("system", "user", "assistant", "tool", "observation")
 
-def _role_of(message, where: str) -> str:
-    "The role of a message, in one of five names."
+def _role_of(message, where: str, left: Counter) -> str:
+    "The role of a message, in one of five names; counts what of it is no text."
     if not isinstance(message, Mapping):
         raise BadRecord(where, f"is a {type(message).__name__}: expected an object")
     role = message.get("role")
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    role = _ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if role not in _KNOWN:
         wrong = f"is {role!r}; expected system, user, assistant or tool"
         raise BadRecord(f"{where}.role", "is missing" if role is None else wrong)
-    try: content_text(message)
+    try: text_of({**message, "role": role}, left)
     except TrajectoryError as error: raise BadRecord(f"{where}.content", str(error)) from None
     return role
 
-# %% ../../nbs/logs/00_messages.ipynb #91e92fd9
+# %% ../../nbs/logs/00_messages.ipynb #f15e87be
 _AGREED = re.compile(
     r"\s*(?:yes[,.]? )?(?:ok|okay|sure|alright|understood|got it|i understand)\b[\s.,!]*"
     r"(?:(?:i'll|i will|i'm|i am|let's|let me|your|the (?:instructions?|rules))\b[^\n?:]{0,200}"
@@ -203,18 +226,18 @@ def agreed(messages: Sequence[Mapping]  # without system messages
     if [m["role"] for m in messages[:3]] != ["user", "assistant", "user"]: return False
     answer = messages[1]
     calls = answer.get("tool_calls") or answer.get("function_call")
-    return not calls and _AGREED.fullmatch(content_text(answer)) is not None
+    return not calls and _AGREED.fullmatch(text_of(answer)) is not None
 
-# %% ../../nbs/logs/00_messages.ipynb #a8a6d5e9
+# %% ../../nbs/logs/00_messages.ipynb #5aac4e2b
 def _before_goal(messages: Sequence[Mapping]  # without system messages
                 ) -> int:
     "How many messages stand before the goal."
     first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
     if first or not agreed(messages): return first
-    later = (content_text(m) for m in messages[2:] if m["role"] == "assistant")
+    later = (text_of(m) for m in messages[2:] if m["role"] == "assistant")
     return 2 * any(_THOUGHT.fullmatch(text) or _ACTION.fullmatch(text) for text in later)
 
-# %% ../../nbs/logs/00_messages.ipynb #6033f65b
+# %% ../../nbs/logs/00_messages.ipynb #7ea31258
 def _turns(messages: Sequence[tuple[str, Mapping]]  # place and message, from the goal on
           ) -> tuple[list[Mapping], list[_Turn]]:  # the user's messages before the agent's first
     "The turns of a conversation."
@@ -227,7 +250,7 @@ def _turns(messages: Sequence[tuple[str, Mapping]]  # place and message, from th
             turns.append(_turn_of(message, where, len(turns) + 1))
         elif message["role"] != "user" and (turns or message["role"] == "tool"):
             _answer(turns, message, where)
-        elif turns: turns[-1].users.append(content_text(message))
+        elif turns: turns[-1].users.append(text_of(message))
         else: opening.append(message)
     return opening, turns
 
@@ -283,24 +306,31 @@ def _steps(turns: list[_Turn]) -> tuple[list[dict], list[dict]]:  # messages, `e
         extras.append(extra)
     return messages, extras
 
-# %% ../../nbs/logs/00_messages.ipynb #0cdc31c2
-_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")  # of a message
+# %% ../../nbs/logs/00_messages.ipynb #cd683088
+def _before(message: Mapping, where: str) -> dict:
+    "A message of the preamble, in OpenAI's form."
+    kept = {k: message[k] for k in ("reasoning_content", "tool_call_id") if message.get(k)}
+    if calls := _calls_of(message, where, 0): kept["tool_calls"] = calls
+    text = None if calls and message.get("content") is None else text_of(message)
+    role = "user" if message["role"] == "observation" else message["role"]
+    return {"role": role, "content": text, **kept}
 
+# %% ../../nbs/logs/00_messages.ipynb #0c41998b
 def _opening(messages: list[Mapping], split: Split,
              where: str) -> tuple[str, str, dict]:  # goal, first observation, `extra`
     "Goal and first observation in the user's first messages."
-    text = "\n\n".join(map(content_text, messages))
+    text = "\n\n".join(map(text_of, messages))
     content = messages[0].get("content")
     ours = isinstance(content, (list, tuple)) and len(content) == 2 and len(messages) == 1
     if ours and split(text)[1]:  # two parts, as `to_messages` writes what one text could not say
-        return *(content_text({"content": [part]}) for part in content), {}
+        return *(text_of({"content": [part]}) for part in content), {}
     try: goal, seen = split(text)
     except TrajectoryError as error: raise BadRecord(f"{where}.content", str(error)) from None
-    before, found, after = text.partition(goal)
+    before, found, after = text.partition(goal or text or " ")
     around = {"around": [before, after]} if seen and found and before.strip() else {}
     return goal, seen, around
 
-# %% ../../nbs/logs/00_messages.ipynb #c350db48
+# %% ../../nbs/logs/00_messages.ipynb #d8a80b24
 def read_conversation(messages: Sequence[Mapping],  # OpenAI's chat messages, however written
                       task: Task | Callable[[str], Task] = chat_task,  # or a task for a goal
                       split: Split | None = None,  # None: 'whole', or 'first' in a world
@@ -309,9 +339,10 @@ def read_conversation(messages: Sequence[Mapping],  # OpenAI's chat messages, ho
                       **fields_  # more fields of the trajectory
                      ) -> Trajectory:
     "The episode in a conversation; whatever cannot be read is a `BadRecord`."
-    placed = [(f"{name}[{i}]", m) for i, m in enumerate(storable(list(messages)))]
-    placed = [(where, {**m, "role": role}) for where, m in placed for role in [_role_of(m, where)]]
-    above = [content_text(m) for _, m in placed if m["role"] == "system"]
+    placed, left = [], Counter()
+    for where, m in ((f"{name}[{i}]", m) for i, m in enumerate(storable(list(messages)))):
+        placed.append((where, {**m, "role": _role_of(m, where, left)}))
+    above = [text_of(m) for _, m in placed if m["role"] == "system"]
     rest = [(where, m) for where, m in placed if m["role"] != "system"]
     at = _before_goal([m for _, m in rest]) if preamble is None else preamble
     drilled = preamble is None and at > 0 and rest[0][1]["role"] == "user"  # an agent in a world
@@ -321,13 +352,14 @@ def read_conversation(messages: Sequence[Mapping],  # OpenAI's chat messages, ho
                               "with what the user wants")
     goal, seen, extra = _opening(opening, split or goal_split("first" if drilled else "whole"),
                                  rest[at][0])
+    if left:
+        noted = {"left_out": dict(sorted(left.items()))}
+        fields_["provenance"] = {**fields_.get("provenance", {}), **noted}
     parts = [{"type": "text", "text": text} for text in (goal, seen)]
     steps, marks = _steps(turns)
     task = task(goal) if callable(task) else task
     if above: extra["system"] = "\n\n".join(above)
-    if at:
-        extra["preamble"] = [{k: m[k] for k in _FIELDS if m.get(k) is not None}
-                             for _, m in rest[:at]]
+    if at: extra["preamble"] = [_before(m, where) for where, m in rest[:at]]
     made = from_messages([{"role": "user", "content": parts}, *steps], task,
                          extra={**extra, **fields_.pop("extra", {})}, **fields_)
     marked = (replace(s, extra=mark) if mark else s for s, mark in zip(made.steps, marks))
