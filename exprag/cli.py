@@ -191,7 +191,7 @@ def _run_import(given: argparse.Namespace) -> int:  # exit status
     why = "every record was refused" if refusals.count else "it holds no record at all"
     raise ValueError(f"{given.file}: nothing was brought in: {why}")
 
-# %% ../nbs/21_command_line.ipynb #e1879803
+# %% ../nbs/21_command_line.ipynb #cbc07f54
 def _to_act_on(done,  # an `exprag.logs.files.Imported`
                given: argparse.Namespace) -> list[str]:  # lines
     "What a person may want to know about an import."
@@ -204,6 +204,9 @@ def _to_act_on(done,  # an `exprag.logs.files.Imported`
         lines.append("Where a record does not say how its episode ended, its outcome is unknown, "
                      "and a memory shows successes only: --score or --success names the field "
                      "that says it")
+    if done.added and given.author is None:
+        lines.append("These episodes have no author: a chat memory reads its own author's unless "
+                     "it is told to trust others (--author says whose they are)")
     goal, shared = done.common
     if shared > 2 and 2 * shared > count:
         lines.append(f"{shared} of {count} episodes have the same goal, '{one_line(goal, 60)}': a "
@@ -255,9 +258,10 @@ def one_line(text: str, width: int) -> str:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
     return line if len(line) <= width else line[:width - 3] + "..."
 
-# %% ../nbs/21_command_line.ipynb #b4b1bcaf
+# %% ../nbs/21_command_line.ipynb #9e95d7f9
 def _run_show(given: argparse.Namespace) -> None:
     "Print an episode."
+    from exprag.logs.messages import call_text
     from exprag.store import Store
     with Store(given.store, create=False) as store:
         ids = [id for id in store.find() if id.startswith(given.id)]
@@ -275,9 +279,9 @@ def _run_show(given: argparse.Namespace) -> None:
           f"Goal: {line(found.goal)}", f"Start: {line(found.first_observation)}", sep="\n")
     for number, step in enumerate(found.steps, 1):
         if step.thought: print(f"{number:>3}   ({line(step.thought)})")
-        functions = [call.get("function", {}) for call in step.tool_calls]
-        calls = [f"{f.get('name')}({f.get('arguments')})" for f in functions]
-        print(f"{number:>3} > {line(' '.join([step.action, *calls]).strip())}",
+        calls = call_text(step.tool_calls)
+        said = [text for text in (step.action, calls * (calls != step.action)) if text]
+        print(f"{number:>3} > {line(' '.join(said))}",
               f"      {line(step.observation)}", sep="\n")
 
 # %% ../nbs/21_command_line.ipynb #23d2bae8

@@ -18,7 +18,7 @@ from exprag.logs.messages import chat_task, goal_split, read_conversation, split
 from exprag.logs.records import BadRecord, records
 from exprag.memory.chat_memory import episode_of
 from exprag.store import Store
-from exprag.trajectory import Task, TrajectoryError
+from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
 from exprag.views import render
 
 CASES = Path(__file__).parent / "data" / "cases"
@@ -116,6 +116,22 @@ def test_text_beside_calls_is_a_thought_and_stays_where_it_was():
     both = [user(WHERE), agent("I look.", call(), reasoning_content="Depots."), tool("B", "c1"), agent("In B.")]
     episode = read_conversation(both)
     assert episode.steps[0].thought == "Depots." and write_conversation(episode) == both
+
+
+@pytest.mark.parametrize("calls", [[{"id": "c1", "function": "find", "arguments": {"n": 7}}], [{"name": "find", "args": {}}], [{"function": None}], [{"id": 3}],
+                                   [{"function": {"name": "f"}}], [{"function": {"name": None, "arguments": 3}}]])
+def test_what_an_older_release_has_kept_can_be_shown_and_exported(calls, tmp_path, capsys):
+    kept = Trajectory(chat_task("a"), "a", "", (Step("", "B", tool_calls=calls),))
+    with Store(tmp_path / "s.db") as store: store.add(kept)
+    assert main(["show", "", "--store", str(tmp_path / "s.db")]) == 0 and "Traceback" not in capsys.readouterr().err
+    for format in NAMES:
+        assert main(["export", str(tmp_path / f"{format}.jsonl"), "--store", str(tmp_path / "s.db"), "--format", format]) == 0
+        assert list(read_log(tmp_path / f"{format}.jsonl", format)) == [kept]
+
+
+def test_show_writes_a_call_once(tmp_path, capsys):
+    assert main(["import", str(case("01-*/tl.jsonl")), "--store", str(tmp_path / "s.db")]) == 0
+    assert main(["show", "", "--store", str(tmp_path / "s.db")]) == 0 and capsys.readouterr().out.count("find_parcel") == 1
 
 
 # Results
@@ -435,6 +451,7 @@ def test_an_encoding_that_nobody_knows(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("exprag: no encoding is called 'latin-99'")
     with pytest.raises(ValueError, match="base64"): list(records(path, encodings=["base64"]))
     assert main(["import", path, "--store", str(tmp_path / "s.db"), "--preamble", "-1"]) == 1 and "preamble -1" in capsys.readouterr().err
+    assert main(["import", path, "--store", str(tmp_path / "s.db"), "--fold", "a@b"]) == 1 and capsys.readouterr().err.startswith("exprag: task fold")
     assert main(["import", path, "--store", str(tmp_path / "s.db"), "--limit", "0"]) == 1 and "limit 0" in capsys.readouterr().err
 
 
@@ -447,7 +464,7 @@ def test_wide_encodings_are_read_before_lines_are_split(written, given, tmp_path
 
 @pytest.mark.parametrize("data, said", [
     (case("38-*/pointer.json").read_bytes(), "git lfs pull"), (b"<!DOCTYPE html><html>404</html>", "HTML page"), (b"PK\x03\x04zip", "unpack it first"),
-    (b"SQLite format 3\x00" + b"\x00" * 20, "SQLite")])
+    (b"<html>404</html>", "HTML page"), (b"SQLite format 3\x00" + b"\x00" * 20, "SQLite")])
 def test_a_file_that_is_no_log_is_one_sentence(data, said, tmp_path, capsys):
     (tmp_path / "log.json").write_bytes(data)
     problems = []

@@ -216,7 +216,7 @@ def _fitting(record: Mapping) -> list[str]:
             sharegpt: "from" in turn or told}
     return [name for name, fit in fits.items() if fit]
 
-# %% ../../nbs/logs/04_files.ipynb #e9843e11
+# %% ../../nbs/logs/04_files.ipynb #8bc94a2c
 def detect(record) -> str:  # a name in `NAMES`
     "The format of a record; an error that says what was seen if it could be several or none."
     if isinstance(record, list) and record:
@@ -224,7 +224,7 @@ def detect(record) -> str:  # a name in `NAMES`
             if all(isinstance(m, Mapping) and mark in m for m in record): return name
     found = _fitting(record) if isinstance(record, Mapping) else []
     if len(found) == 1: return found[0]
-    seen = f"is a {type(record).__name__}"
+    seen = f"is {json.dumps(record)[:60]}"
     if isinstance(record, list):
         kinds = sorted({type(item).__name__ for item in record}) or ["nothing"]
         seen = (f"is a list of {' and '.join(kinds)}, and not of messages (of several records, "

@@ -166,7 +166,7 @@ def _truth(value, name: str) -> bool | None:  # None: not known
         raise BadRecord(name, f"is {str(value)[:40]!r}: expected true or false")
     return None if number is None else bool(number)
 
-# %% ../../nbs/logs/03_formats.ipynb #a7ae4123
+# %% ../../nbs/logs/03_formats.ipynb #6404f81d
 @dataclass(frozen=True)
 class Options:
     "How records of other programs are understood."
@@ -184,6 +184,7 @@ class Options:
         if self.preamble is not None and self.preamble < 0:
             raise ValueError(f"preamble {self.preamble}: expected 0 turns or more")
         if self.goal is not None: goal_split(self.goal)
+        Task(self.world or CHAT, self.type or CHAT, "1", self.fold)  # says which part is wrong
 
     def task_of(self, record: Mapping, fmt: Format) -> Task | None:
         "The task that a record names; None: its goal names it."

@@ -72,11 +72,22 @@ def _one_call(call, where: str,
     own = call.get("id") or call.get("call_id") or id
     return {"id": str(own), "type": "function", "function": {"name": name, "arguments": arguments}}
 
-# %% ../../nbs/logs/00_messages.ipynb #a826bc4f
+# %% ../../nbs/logs/00_messages.ipynb #db897a28
+def _usual_call(call: Mapping) -> Mapping:
+    "A call that is kept, in OpenAI's form: older episodes may hold any object."
+    function = call.get("function")
+    usual = isinstance(function, Mapping) and [type(function.get(k)) for k in ("name", "arguments")]
+    if usual == [str, str]: return call
+    try: return _one_call(thaw(call), "", "")
+    except BadRecord:
+        text = json.dumps(thaw(call), ensure_ascii=False)
+        return {**call, "function": {"name": "", "arguments": text}}
+
+# %% ../../nbs/logs/00_messages.ipynb #9d85e504
 def call_text(calls: Iterable[Mapping]) -> str:
     "Tool calls as one line of text: name(arguments); name(arguments)."
-    def one(function): return " ".join(str(function.get("arguments") or "").split())
-    return "; ".join(f"{c['function']['name']}({one(c['function'])})" for c in calls)
+    functions = [c.get("function") for c in map(_usual_call, calls)]
+    return "; ".join(f"{f['name']}({' '.join(f['arguments'].split())})" for f in functions)
 
 # %% ../../nbs/logs/00_messages.ipynb #2ac34e81
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -365,12 +376,13 @@ def read_conversation(messages: Sequence[Mapping],  # OpenAI's chat messages, ho
     marked = (replace(s, extra=mark) if mark else s for s, mark in zip(made.steps, marks))
     return replace(made, steps=tuple(marked))
 
-# %% ../../nbs/logs/00_messages.ipynb #312e967e
+# %% ../../nbs/logs/00_messages.ipynb #cf55da37
 def _write_turn(step: Step,
                 turns: list[dict],  # of this step, as `to_messages` gives them
                 last: bool) -> list[dict]:
     "The messages of a step."
     said, *seen = turns
+    if step.tool_calls: said = {**said, "tool_calls": [*map(_usual_call, said["tool_calls"])]}
     if step.tool_calls and step.action == call_text(step.tool_calls):
         text = step.extra.get("said")
         said = {**said, "content": text}

@@ -63,7 +63,7 @@ def refuse(report: Report | None,  # None: raise
                               "report=problems.append")
     report(refused)
 
-# %% ../../nbs/logs/01_records.ipynb #2bf6e5e8
+# %% ../../nbs/logs/01_records.ipynb #74acae84
 _PIECE = 1 << 18  # bytes
 _MAGICS = FrozenMap({  # the first bytes of a file, in hex
     "gzip": "1f8b", "xz": "fd377a585a00", "bzip2": "425a68",
@@ -74,7 +74,7 @@ _MAGICS = FrozenMap({  # the first bytes of a file, in hex
 def _format_of(path: str | os.PathLike) -> str:  # a key of `_MAGICS`, or ''
     "What a file is, by its first bytes."
     with open(path, "rb") as file: start = file.read(32)
-    if start.lower().startswith(b"<!doctype html"): return "page"
+    if start.lower().startswith((b"<!doctype html", b"<html")): return "page"
     return next((name for name, magic in _MAGICS.items() if start.hex().startswith(magic)), "")
 
 # %% ../../nbs/logs/01_records.ipynb #68e3adcd
@@ -305,10 +305,10 @@ def _decode(data: bytes, encodings: Iterable[str]) -> str:
                         "the file is in another encoding, say so: encodings=('utf-8', 'cp1252') "
                         "tries the one and then the other")
 
-# %% ../../nbs/logs/01_records.ipynb #010bad7d
+# %% ../../nbs/logs/01_records.ipynb #890b9228
 def _parse(data: bytes, encodings: Iterable[str] = ("utf-8",)):  # a JSON value
     "One JSON value from its bytes."
-    text = _decode(data, encodings)
+    text = _decode(data, encodings).lstrip("\x1e")  # which begins each record of a JSON sequence
     try: return json.loads(text)
     except RecursionError: raise BadRecord("", "not JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
