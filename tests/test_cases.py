@@ -1,5 +1,4 @@
 """Small logs that once failed, each made after a public report or a public file; they stand for kinds of faults."""
-import io
 import json
 import os
 import subprocess
@@ -9,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 from log_records import chat, dump, gpt, read
+from trajectory_strategies import calm
 
 from exprag.cli import main
 from exprag.logs.files import NAMES, import_log, read_log, write_log
 from exprag.logs.formats import FORMATS, Options, read_record, write_record
 from exprag.logs.messages import chat_task, goal_split, read_conversation, split_thought, write_conversation
-from exprag.logs.records import BadRecord, records
+from exprag.logs.records import BadRecord, records, to_line
 from exprag.memory.chat_memory import episode_of
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
@@ -310,6 +311,32 @@ def test_import_export_import_is_the_identity(path, format, tmp_path):
     found, _ = read(path, options=Options(score="reward", success="ok", author="me"), **{"format": "openai"} if "dataset_infos" in path.name else {})
     write_log(found, tmp_path / "out.jsonl", format)
     assert list(read_log(tmp_path / "out.jsonl", format)) == found
+
+
+odd_text = st.sampled_from(["a", "", "a\n\nb", " a ", "Thought: t\nAction: go", "<think>x</think>y", "x</think>y", "OK", "Action: z", "\ud83d",
+                            '<tool_call>{"name":"f","arguments":{}}</tool_call>', "<tool_call>{</tool_call>", "<tool_response>r</tool_response>"])
+odd_content = odd_text | st.sampled_from([None, 5, {"a": 1}, ["p"], [{"type": "text", "text": "p"}] * 2, [{"type": "image_url"}], [{"type": "x"}], [None]])
+odd_call = st.sampled_from([call(), call("c2", "g"), call(5), call(None, "f", {"a": 1}), call("c1", "f", None), call("c1", "", "{}"), {"name": "f", "args": {}}, {"function": "f"},
+                            {"function": None}, {"custom": {"name": "f", "input": "x"}}, None, "f", {"id": "c1", "name": "f", "input": {"x": "\ud800"}}])
+odd_message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "assistant", "tool", "system", "developer", "function", "observation"]), "content": odd_content},
+    optional={"tool_calls": st.lists(odd_call, max_size=2) | st.sampled_from([None, "", "[]"]), "tool_call_id": st.sampled_from(["c1", "c2", 5, None, "c9"]),
+              "reasoning": st.sampled_from([None, "th", 5]), "name": st.sampled_from(["f", None])})
+
+
+@calm
+@given(st.lists(odd_message, max_size=5), st.sampled_from(["openai", "turns"]), st.sampled_from([Options(), Options(goal="first"), Options(preamble=0), Options(author="me")]))
+def test_an_odd_conversation_is_refused_with_its_field_or_comes_back(messages, name, options):
+    record = {"messages": [user("goal"), *messages, agent("end")]}
+    try: episode = read_record(record, FORMATS[name], options)
+    except BadRecord as error:
+        assert error.field.startswith("messages") and error.reason
+        return
+    assert write_record(episode, FORMATS[name], keep=False) == record
+    for fmt in FORMATS.values():
+        assert read_record(json.loads(to_line(write_record(episode, fmt))), fmt) == episode
+    again = read_conversation(write_conversation(episode), episode.task)
+    assert [s.content() for s in again.steps] == [s.content() for s in episode.steps]
 
 
 # Outcomes

@@ -163,15 +163,13 @@ class _Turn:
     users: list = field(default_factory=list)  # texts
     marks: dict = field(default_factory=dict)  # `loss`, if it was there
 
-# %% ../../nbs/logs/00_messages.ipynb #51d99479
+# %% ../../nbs/logs/00_messages.ipynb #da00ab7a
 def _turn_of(message: Mapping, where: str, number: int) -> _Turn:
     "The turn in a message of the agent."
     text, thought = _spoken(message, where)
-    given = message.get("tool_calls") or message.get("function_call")
-    if not given:
-        text, given = _tagged_calls(text)
-        message = {**message, "tool_calls": given}
-    calls = _calls_of(message, where, number)
+    if not (calls := _calls_of(message, where, number)):
+        text, tagged = _tagged_calls(text)
+        calls = _calls_of({"tool_calls": tagged}, where, number)
     marks = {"loss": message["loss"]} if "loss" in message else {}
     return _Turn(text, thought, calls, [c["id"].split("#")[0] for c in calls], marks=marks)
 
@@ -248,7 +246,7 @@ def _before_goal(messages: Sequence[Mapping]  # without system messages
     later = (text_of(m) for m in messages[2:] if m["role"] == "assistant")
     return 2 * any(_THOUGHT.fullmatch(text) or _ACTION.fullmatch(text) for text in later)
 
-# %% ../../nbs/logs/00_messages.ipynb #7ea31258
+# %% ../../nbs/logs/00_messages.ipynb #96bab204
 def _turns(messages: Sequence[tuple[str, Mapping]]  # place and message, from the goal on
           ) -> tuple[list[Mapping], list[_Turn]]:  # the user's messages before the agent's first
     "The turns of a conversation."
@@ -256,8 +254,8 @@ def _turns(messages: Sequence[tuple[str, Mapping]]  # place and message, from th
     for where, message in messages:
         if message["role"] == "assistant":
             if not opening:
-                raise BadRecord(f"{where}.role", "is 'assistant' before any user turn; expected "
-                                                 "the user turn with the goal")
+                raise BadRecord(f"{where}.role", "is 'assistant', with no user turn before it: "
+                                                 "expected what the user wants")
             turns.append(_turn_of(message, where, len(turns) + 1))
         elif message["role"] != "user" and (turns or message["role"] == "tool"):
             _answer(turns, message, where)
