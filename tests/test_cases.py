@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
+from encoders import Letters
 from log_records import chat, dump, gpt, read
 from trajectory_strategies import calm
 
@@ -17,7 +18,7 @@ from exprag.logs.files import NAMES, import_log, read_log, write_log
 from exprag.logs.formats import FORMATS, Options, read_record, write_record
 from exprag.logs.messages import chat_task, goal_split, read_conversation, split_thought, write_conversation
 from exprag.logs.records import BadRecord, records, to_line
-from exprag.memory.chat_memory import episode_of
+from exprag.memory.chat_memory import ChatMemory, episode_of
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory, TrajectoryError
 from exprag.views import render
@@ -339,6 +340,16 @@ def test_an_odd_conversation_is_refused_with_its_field_or_comes_back(messages, n
     assert [s.content() for s in again.steps] == [s.content() for s in episode.steps]
 
 
+def test_what_was_imported_is_recalled_by_the_memory_of_its_author(tmp_path):
+    with Store(tmp_path / "s.db") as store:
+        assert import_log(store, case("01-*/tl.jsonl"), options=Options(success="ok", author="me")).added == 1
+        memory = ChatMemory(store, Letters(), author="me")
+        block = memory.augment([user("Where is parcel 9?")])[0]["content"]
+        assert '> find_parcel({"number": 7}) | depot B' in block
+        record = json.loads(case("01-*/tl.jsonl").read_text())
+        assert memory.record(record["messages"], success=True, score=None).id in store and len(store) == 1  # the same episode
+
+
 # Outcomes
 
 
@@ -447,6 +458,13 @@ def test_a_message_a_line_without_a_session_is_one_conversation(tmp_path):
     turns = [{"from": "human", "value": WHERE}, {"from": "gpt", "value": "In B."}]
     assert one(dump(tmp_path / "b.json", turns)).actions == ("In B.",)
     assert read(tmp_path / "log.jsonl", limit=200)[1][0][:2] == ("line", 1)
+
+
+def test_messages_of_several_conversations_are_not_taken_for_one(tmp_path):
+    lines = [{"chat_id": n, **m} for n in (1, 2) for m in chat(f"Goal {n}", "act")["messages"]]
+    found, problems = read(dump(tmp_path / "log.jsonl", *lines))
+    assert not found and problems[0][:3] == ("line", 1, "chat_id") and "session_id" in problems[0][3]
+    assert one(dump(tmp_path / "one.jsonl", *lines[:2])).goal == "Goal 1"
 
 
 def test_lists_in_columns_and_turns_as_text():

@@ -85,7 +85,16 @@ def _message_format(value) -> str | None:  # None: it is no message
     if "role" in keys and keys & {"content", "tool_calls", "function_call"}: return "openai"
     return "sharegpt" if {"from", "value"} <= keys else None
 
-# %% ../../nbs/logs/04_files.ipynb #10e87704
+# %% ../../nbs/logs/04_files.ipynb #9c9191f6
+_GROUPS = re.compile("session|conversation|thread|chat|dialog|run|trace|episode|sample", re.I)
+
+def _differing(messages: list[Mapping]) -> str:  # the name of a field; '': there is none
+    "A field that tells conversations apart, under a name that we do not know."
+    names = sorted({name for m in messages for name in m if _GROUPS.search(name)})
+    def values(name): return {json.dumps(m.get(name), sort_keys=True) for m in messages}
+    return next((name for name in names if len(values(name)) > 1), "")
+
+# %% ../../nbs/logs/04_files.ipynb #673dc8c7
 def _one_conversation(found: Iterator[tuple[str, int, object]], kind: str, reading: _Reading
                      ) -> Iterator[tuple[str, int, dict]]:  # as `records` gives them
     "The messages of a whole file as one record."
@@ -99,7 +108,10 @@ def _one_conversation(found: Iterator[tuple[str, int, object]], kind: str, readi
             return
         if _message_format(value) == kind: messages.append(value)
         else: reading.refuse(unit, number, "", "is no message, as those before it are")
-    yield *place, {FORMATS[kind].turns: messages}
+    if mixed := _differing(messages):
+        reading.refuse(*place, mixed, "differs from message to message, so they are not one "
+                       f"conversation; those of several need one of {', '.join(_SESSIONS)}")
+    else: yield *place, {FORMATS[kind].turns: messages}
 
 # %% ../../nbs/logs/04_files.ipynb #24960241
 def _name(value) -> str | None:
