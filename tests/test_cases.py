@@ -146,6 +146,11 @@ def test_results_that_come_twice_together_or_late():
     assert late.actions == ("find({})", "Still waiting.", "In B.") and late.observations == ("", "B", "", "")
 
 
+def test_ids_with_a_number_sign_may_repeat_as_well():
+    episode = read_conversation([user("a"), agent(None, call("x#1"), call("x#1", "g")), tool("F", "x#1"), tool("G", "x#1"), agent("b")])
+    assert [c["result"] for c in episode.steps[0].tool_calls] == ["F", "G"]
+
+
 def test_ids_that_repeat_in_every_turn_belong_to_their_turn():
     messages = [user("a"), agent(None, call("call_0")), tool("x", "call_0"), agent(None, call("call_0", "town")), tool("y", "call_0"), agent("b")]
     assert read_conversation(messages).observations == ("", "x", "y", "")
@@ -178,6 +183,8 @@ def test_two_calls_between_tags_and_both_responses_in_one_turn():
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": asked}, {"from": "tool", "value": told}, {"from": "gpt", "value": "b"}]
     episode = read_record({"conversations": turns}, FORMATS["sharegpt"])
     assert episode.actions == ("f({}); g({})", "b") and [c["result"] for c in episode.steps[0].tool_calls] == ["F", "G"]
+    qwen = read_conversation([user("a"), agent(asked), user(told), agent("b")])
+    assert qwen.id == episode.id and read_conversation(write_conversation(qwen)) == qwen
     broken = read_conversation([user("a"), agent("<tool_call>find(7)</tool_call>")])
     assert broken.actions == ("<tool_call>find(7)</tool_call>",)  # no call of ours: text
 

@@ -163,7 +163,7 @@ class _Turn:
     users: list = field(default_factory=list)  # texts
     marks: dict = field(default_factory=dict)  # `loss`, if it was there
 
-# %% ../../nbs/logs/00_messages.ipynb #da00ab7a
+# %% ../../nbs/logs/00_messages.ipynb #e9eae2e0
 def _turn_of(message: Mapping, where: str, number: int) -> _Turn:
     "The turn in a message of the agent."
     text, thought = _spoken(message, where)
@@ -171,7 +171,8 @@ def _turn_of(message: Mapping, where: str, number: int) -> _Turn:
         text, tagged = _tagged_calls(text)
         calls = _calls_of({"tool_calls": tagged}, where, number)
     marks = {"loss": message["loss"]} if "loss" in message else {}
-    return _Turn(text, thought, calls, [c["id"].split("#")[0] for c in calls], marks=marks)
+    ids = [c["id"].removesuffix(f"#{k}") for k, c in enumerate(calls, 1)]  # as they were written
+    return _Turn(text, thought, calls, ids, marks=marks)
 
 # %% ../../nbs/logs/00_messages.ipynb #e1166584
 _RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
@@ -246,7 +247,7 @@ def _before_goal(messages: Sequence[Mapping]  # without system messages
     later = (text_of(m) for m in messages[2:] if m["role"] == "assistant")
     return 2 * any(_THOUGHT.fullmatch(text) or _ACTION.fullmatch(text) for text in later)
 
-# %% ../../nbs/logs/00_messages.ipynb #96bab204
+# %% ../../nbs/logs/00_messages.ipynb #be796f03
 def _turns(messages: Sequence[tuple[str, Mapping]]  # place and message, from the goal on
           ) -> tuple[list[Mapping], list[_Turn]]:  # the user's messages before the agent's first
     "The turns of a conversation."
@@ -259,6 +260,8 @@ def _turns(messages: Sequence[tuple[str, Mapping]]  # place and message, from th
             turns.append(_turn_of(message, where, len(turns) + 1))
         elif message["role"] != "user" and (turns or message["role"] == "tool"):
             _answer(turns, message, where)
+        elif turns and turns[-1].calls and _RESPONSE.match(text_of(message)):
+            _answer(turns, {**message, "role": "observation"}, where)  # as Qwen's template has it
         elif turns: turns[-1].users.append(text_of(message))
         else: opening.append(message)
     return opening, turns
@@ -315,10 +318,10 @@ def _steps(turns: list[_Turn]) -> tuple[list[dict], list[dict]]:  # messages, `e
         extras.append(extra)
     return messages, extras
 
-# %% ../../nbs/logs/00_messages.ipynb #cd683088
+# %% ../../nbs/logs/00_messages.ipynb #1ff12670
 def _before(message: Mapping, where: str) -> dict:
     "A message of the preamble, in OpenAI's form."
-    kept = {k: message[k] for k in ("reasoning_content", "tool_call_id") if message.get(k)}
+    kept = {k: str(message[k]) for k in ("reasoning_content", "tool_call_id") if message.get(k)}
     if calls := _calls_of(message, where, 0): kept["tool_calls"] = calls
     text = None if calls and message.get("content") is None else text_of(message)
     role = "user" if message["role"] == "observation" else message["role"]
@@ -374,7 +377,7 @@ def read_conversation(messages: Sequence[Mapping],  # OpenAI's chat messages, ho
     marked = (replace(s, extra=mark) if mark else s for s, mark in zip(made.steps, marks))
     return replace(made, steps=tuple(marked))
 
-# %% ../../nbs/logs/00_messages.ipynb #cf55da37
+# %% ../../nbs/logs/00_messages.ipynb #e9342129
 def _write_turn(step: Step,
                 turns: list[dict],  # of this step, as `to_messages` gives them
                 last: bool) -> list[dict]:
@@ -386,7 +389,7 @@ def _write_turn(step: Step,
         said = {**said, "content": text}
         if text is not None and text == step.thought: said.pop("reasoning_content", None)
     results = [m["content"] for m in seen if m["role"] == "tool"]
-    if results and "\n".join(results) == step.observation:
+    if len(step.tool_calls) > 1 and results and "\n".join(results) == step.observation:
         seen = [m for m in seen if m["role"] == "tool"]
     if not step.observation and step.extra.get("unanswered") and not any(results): seen = []
     empty = last and not step.observation and [m["role"] for m in seen] == ["user"]
