@@ -149,13 +149,15 @@ class Step:
         "The step that a JSON object describes."
         return cls(**_known_fields(cls, record, "step"))
 
-# %% ../nbs/00_trajectory.ipynb #9667aa1d
+# %% ../nbs/00_trajectory.ipynb #1fd938a2
 def finite(value, where: str) -> float:
     "`value` as a float, or an error if it is not a finite number."
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise TrajectoryError(f"{where} {value!r}: expected a finite number")
-    return float(value)
+    try: found = float(value) if number else math.nan
+    except OverflowError: found = math.inf  # an integer above all floats
+    if not math.isfinite(found):
+        raise TrajectoryError(f"{where} {str(value)[:40]}: expected a finite number")
+    return found
 
 # %% ../nbs/00_trajectory.ipynb #e33fb256
 def _known_fields(cls: type,  # a dataclass with an `extra` field
