@@ -172,14 +172,14 @@ class _Refusals:
         if self.count <= SHOWN: print(f"refused: {refused}", file=sys.stderr)
         if self.count == SHOWN: print("refused: further ones are only counted", file=sys.stderr)
 
-# %% ../nbs/21_command_line.ipynb #0bc64412
+# %% ../nbs/21_command_line.ipynb #db53b0a1
 def _run_import(given: argparse.Namespace) -> int:  # exit status
     "Read a log into a store."
     from exprag.logs.files import read_log
     from exprag.logs.formats import Options
     from exprag.store import Store
     options = Options(given.world, given.type, given.fold, score=given.score, success=given.success,
-                      preamble=given.preamble)
+                      preamble=given.preamble, turns=given.turns)
     refusals = _Refusals()
     found = read_log(given.file, given.format, refusals, options, given.encoding.split(","),
                      given.limit << 20)
@@ -277,20 +277,22 @@ def _add_store_command(commands, name: str, run, about: str, argument: tuple | N
     command.set_defaults(run=run)
     return command
 
-# %% ../nbs/21_command_line.ipynb #782329bd
+# %% ../nbs/21_command_line.ipynb #59912c17
 def _add_log_commands(commands) -> None:
     "The commands that bring logs in and out."
-    from exprag.logs.files import NAMES
+    from exprag.logs.files import READABLE, WRITABLE
     bring = _add_store_command(
         commands, "import", _run_import, "read a log of another program into a store",
         ("file", Path, "a file, or a folder of them; .gz, .xz and .bz2 are unpacked"))
     bring.add_argument(
-        "--format", choices=NAMES, help="of the log (default: the first record decides)"
+        "--format", choices=READABLE, help="of the log (default: the first record decides)"
     )
     for option, about in {"world": "of the tasks (default: the format's name)",
                           "type": "of the tasks (default: from the record's id)",
-                          "score": "the field that holds the raw score",
-                          "success": "the field that says whether it succeeded"}.items():
+                          "score": "the field that holds the raw score, such as info.reward",
+                          "success": "the field that says whether it succeeded",
+                          "turns": "the field that holds the turns, such as runs[].messages, "
+                                   "where the format is not known"}.items():
         bring.add_argument(f"--{option}", metavar="NAME", help=about)
     bring.add_argument("--fold", default="train", help="of the tasks (default: %(default)s)")
     bring.add_argument("--preamble", type=int, metavar="TURNS",
@@ -302,7 +304,7 @@ def _add_log_commands(commands) -> None:
     take = _add_store_command(
         commands, "export", _run_export, "write a store's episodes as a log",
         ("file", Path, "ends in .jsonl, .json or .parquet; .gz or .xz may follow"))
-    take.add_argument("--format", choices=NAMES, default="exprag",
+    take.add_argument("--format", choices=WRITABLE, default="exprag",
                       help="of the log (default: %(default)s)")
     take.add_argument("--plain", action="store_true",
                       help="leave out what the format cannot hold, instead of keeping it in the "

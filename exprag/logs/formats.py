@@ -181,7 +181,18 @@ def _preamble_of(messages: list[Mapping],  # tidy, without system turns
     alternate = roles[:2 * skip] == ["user", "assistant"] * skip
     return 2 * skip if len(messages) > 2 * skip and alternate else 0
 
-# %% ../../nbs/logs/03_formats.ipynb #6090f862
+# %% ../../nbs/logs/03_formats.ipynb #e03f0436
+def value_at(record, path: str  # such as 'reward_info.reward'; a number counts in a list
+            ):  # None: there is nothing
+    "The value of a field, by its name or by names with dots between."
+    if isinstance(record, Mapping) and path in record: return record[path]
+    name, _, rest = path.partition(".")
+    if isinstance(record, (list, tuple)) and name.isdecimal():
+        found = record[int(name)] if int(name) < len(record) else None
+    else: found = record.get(name) if isinstance(record, Mapping) else None
+    return value_at(found, rest) if rest else found
+
+# %% ../../nbs/logs/03_formats.ipynb #23ca8cae
 @dataclass(frozen=True)
 class Options:
     "How records of other programs are understood."
@@ -192,6 +203,7 @@ class Options:
     score: str | None = None  # the record's field that holds the raw score
     success: str | None = None  # the record's field that says whether the episode succeeded
     preamble: int | None = None  # turns between system text and goal; None: detected
+    turns: str | None = None  # where the turns lie, for a format nobody listed: see `logs.agents`
 
     def task_of(self, record: Mapping, fmt: Format) -> Task:
         "The task of a record."
@@ -209,7 +221,7 @@ class Options:
     def outcome(self, record: Mapping) -> dict:
         "Score and success, from the fields that hold them."
         names = {"score": self.score, "success": self.success}
-        found = {key: record.get(name) for key, name in names.items() if name}
+        found = {key: value_at(record, name) for key, name in names.items() if name}
         score, success = found.get("score", 0), found.get("success", True)
         if isinstance(score, bool) or not isinstance(score, (int, float)):
             raise BadRecord(self.score, f"is {score!r}: expected a number")
