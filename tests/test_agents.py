@@ -1,7 +1,9 @@
 "Logs that agents and benchmarks leave."
 import copy
 import json
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -76,6 +78,9 @@ SAME = {  # name: (format, lines) of one conversation
     "langchain, data": ("langchain", [{"messages": [{"type": m["type"], "data": m} for m in LANG]}]), "langchain, lines": ("langchain", LANG),
     "langsmith": ("langsmith", [{"id": "r1", "run_type": "llm", "inputs": {"messages": [LC[:3]]}, "outputs": {"generations": [[{"text": ANSWER, "message": LC[3]}]]}}]),
     "langsmith, a graph": ("langsmith", [{"id": "r1", "run_type": "chain", "inputs": {"messages": LANG[:1]}, "outputs": {"messages": LANG}}]),
+    "langsmith, an example": ("langsmith", [{"id": "e1", "inputs": {"messages": LANG[:3]}, "outputs": {"output": LC[3]}}]),
+    "gemini, snake case": ("gemini", [{"contents": [{"role": m["role"], "parts": [{{"functionCall": "function_call", "functionResponse": "function_response"}.get(k, k): v
+                                                     for k, v in {"functionCall": None, "text": None, **p}.items()} for p in m["parts"]]} for m in GEMINI]}]),
     "gemini": ("gemini", [{"contents": GEMINI}]), "gemini, answer": ("gemini", [{"contents": GEMINI[:3], "candidates": [{"content": GEMINI[3]}]}]), "gemini, lines": ("gemini", GEMINI),
     "gemini, a session": ("gemini", [{"sessionId": "s1", "messages": [
         {"type": "user", "content": ASK}, {"type": "info", "content": "x"},
@@ -90,6 +95,8 @@ SAME = {  # name: (format, lines) of one conversation
     "atif": ("atif", [{"schema_version": "ATIF-v1.6", "session_id": "s", "agent": {"name": "a", "version": "1"}, "steps": STEPS}]),
     "hermes": ("hermes", [{"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": TAGS}, {"from": "tool", "value": f"<tool_response>{SEEN}</tool_response>"},
                                              {"from": "gpt", "value": ANSWER}]}]),
+    "hermes, function_call": ("hermes", [{"conversations": [{"from": "human", "value": ASK}, {"from": "function_call", "value": json.dumps({"name": "find", "arguments": {"n": 7}})},
+                                                            {"from": "tool", "value": SEEN}, {"from": "gpt", "value": ANSWER}]}]),
     "toolace": ("hermes", [{"system": "x", "conversations": [{"from": "user", "value": ASK}, {"from": "assistant", "value": "[find(n=7)]"}, {"from": "tool", "value": SEEN},
                                                             {"from": "assistant", "value": ANSWER}]}]),
     "llama-factory": ("llama-factory", [{"messages": [{"role": "user", "content": [{"type": "text", "value": ASK}], "loss_weight": 0.0},
@@ -128,13 +135,13 @@ BAD = {"messages": [{"role": "user", "content": [{"type": "tool_use", "name": "f
 
 @pytest.mark.parametrize("name, bad, field", [
     ("anthropic", BAD, "messages[0].parts"), ("tau2, one", {"task_id": "9", "reward_info": {}, "messages": [{"role": "narrator"}]}, "messages[0].role"),
-    ("langsmith", {"id": "r9", "run_type": "llm", "inputs": {"prompts": ["x"]}}, "inputs"), ("responses", {"object": "response", "output": [SAID]}, "input"),
+    ("langsmith", {"id": "r9", "run_type": "llm", "inputs": {"question": "x"}}, "inputs"), ("responses", {"object": "response", "output": [SAID]}, "input"),
     ("swe-agent", {"trajectory": [{"action": "x", "observation": "y"}]}, "history"), ("inspect, a sample", {**SAMPLE, "messages": CHAT[2:3]}, "messages"),
     ("hermes", {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": "<tool_call>{</tool_call>"}]}, "conversations[1].value")])
 def test_a_bad_record_costs_only_itself(tmp_path, name, bad, field):
     good = SAME[name][1][0]
     found, problems = read(dump(tmp_path / "log.jsonl", good, bad, b"{not json", good), SAME[name][0])
-    assert len(found) == (1 if name == "langsmith" else 2)  # runs of one trace are one
+    assert len(found) == (1 if name == "langsmith" else 2)  # a run twice is one
     assert [(p[1], p[2]) for p in problems if "JSON" not in p[3][:12]] == [(2, field)] and len(problems) == 2
 
 
@@ -158,8 +165,6 @@ def test_no_record_crashes_the_reader(name, data):
             if not isinstance(where[key], (dict, list)) or not where[key] or data.draw(st.booleans()): break
             where = where[key]
         if isinstance(where, (dict, list)) and where: where[key] = data.draw(value)
-    import tempfile
-    from pathlib import Path
     with tempfile.TemporaryDirectory() as folder:
         path, problems = dump(Path(folder, "log.jsonl"), *lines), []
         list(read_log(path, kind, problems.append))

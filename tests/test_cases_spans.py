@@ -1,8 +1,12 @@
 "Spans of every convention, read by what they hold."
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 from log_records import agent_spans, dump, otlp, part, read, span
+from trajectory_strategies import calm, value
 
 from exprag.logs.spans import to_any
 
@@ -38,7 +42,16 @@ PLAIN = {  # how each writes one question and its answer
     "vercel, outer": {"ai.prompt": json.dumps({"prompt": ASK}), "ai.response.text": ANSWER},
     "pydantic-ai 1": {"events": json.dumps([{"event.name": "gen_ai.user.message", "role": "user", "content": ASK},
                                             {"event.name": "gen_ai.choice", "index": 0, "message": {"role": "assistant", "content": ANSWER}}])},
-    "pydantic-ai agent": {"pydantic_ai.all_messages": json.dumps([*USER, *SAID])}}
+    "pydantic-ai agent": {"pydantic_ai.all_messages": json.dumps([*USER, *SAID])},
+    "a call, openai": {"input.value": json.dumps({"messages": [{"role": "user", "content": ASK}], "model": "m"}),
+                       "output.value": json.dumps({"choices": [{"message": {"role": "assistant", "content": ANSWER}}]})},
+    "a call, langchain": {"input.value": json.dumps({"messages": [[{"lc": 1, "type": "constructor", "id": ["x", "HumanMessage"], "kwargs": {"content": ASK}}]]}),
+                          "output.value": json.dumps({"generations": [[{"text": ANSWER, "message": {"lc": 1, "type": "constructor", "id": ["x", "AIMessage"], "kwargs": {"content": ANSWER}}}]]})},
+    "a call, gemini": {"gcp.vertex.agent.llm_request": json.dumps({"contents": [{"role": "user", "parts": [{"text": ASK}]}]}),
+                       "gcp.vertex.agent.llm_response": json.dumps({"content": {"role": "model", "parts": [{"text": ANSWER}]}})},
+    "langfuse": {"langfuse.observation.input": json.dumps([{"role": "user", "content": ASK}]), "langfuse.observation.output": json.dumps({"role": "assistant", "content": ANSWER})},
+    "langsmith": {"gen_ai.prompt": json.dumps({"messages": [{"role": "user", "content": ASK}]}),
+                  "gen_ai.completion": json.dumps({"choices": [{"message": {"role": "assistant", "content": ANSWER}}]})}}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -96,6 +109,13 @@ def test_the_agents_span_is_read_where_its_calls_have_nothing(tmp_path):
     assert not problems and one.goal == ASK and one.task.type == "clerk"
 
 
+def test_the_agents_span_covers_calls_within_its_time(tmp_path):
+    agent = {**span("a" * 32, 1, "invoke_agent", 1, gen_ai__input__messages=json.dumps(USER), gen_ai__output__messages=json.dumps(SAID)), "endTimeUnixNano": "9"}
+    inside, after = ({**span("a" * 32, n, "chat", n, "f" * 16), "endTimeUnixNano": str(n + 1)} for n in (2, 9))
+    found, problems = read(dump(tmp_path / "s.jsonl", otlp(agent, inside, after)))
+    assert len(found) == 1 and len(problems) == 1 and f"{9:016x}" in problems[0][3]
+
+
 def test_what_a_span_around_repeats_is_not_read_twice(tmp_path):
     calls = agent_spans("a" * 32, "ann", 1)
     for each in calls: each["parentSpanId"] = f"{1:016x}"
@@ -138,6 +158,27 @@ def test_a_trace_without_messages_is_refused_with_its_names_and_the_rest_goes_in
     found, problems = read(dump(tmp_path / "s.jsonl", otlp(web), otlp(*agent_spans("a" * 32, "ann"))))
     assert [t.goal for t in found] == ["ann's goal"] and len(problems) == 1 and problems[0][:3] == ("line", 1, "attributes")
     assert "b" * 32 in problems[0][3] and "http.request.method, url.path" in problems[0][3]
+
+
+def test_text_that_goes_into_a_function_is_no_message(tmp_path):
+    found, problems = read(dump(tmp_path / "s.jsonl", otlp(call(1, input__value="Where?", output__value='["a"]'))))
+    assert not found and "input.value, output.value" in problems[0][3]
+
+
+FUZZED = {**PLAIN, **{name: {k.replace("__", "."): v for k, v in {f"{a}role": "user", f"{a}content": ASK, **more}.items()} for name, (more, a, _) in NUMBERED.items()}}
+
+
+@calm
+@given(st.sampled_from(sorted(FUZZED)), st.data())
+def test_no_attribute_crashes_the_reader(name, data):
+    attributes = dict(FUZZED[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        key, new = data.draw(st.sampled_from(sorted(attributes))), data.draw(value)
+        attributes[data.draw(st.sampled_from([key, key + ".0", key.rpartition(".")[0] or key]))] = data.draw(st.sampled_from([new, json.dumps(new)]))
+    with tempfile.TemporaryDirectory() as folder:
+        made = {**call(1), "attributes": [{"key": k, "value": to_any(v)} for k, v in attributes.items()]}
+        found, problems = read(dump(Path(folder, "s.jsonl"), otlp(made), otlp(*agent_spans("b" * 32, "ann"))))
+    assert "ann's goal" in [t.goal for t in found] and len(found) + len(problems) >= 2
 
 
 def test_numbered_names_that_clash_are_refused(tmp_path):

@@ -430,10 +430,11 @@ def _is_langchain(record) -> bool:
     turns = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], list) else turns
     return any(m.get("type") in _LANGCHAIN and "role" not in m for m in objects(turns))
 
-# %% ../../nbs/logs/05_agents.ipynb #4cc6aab9
+# %% ../../nbs/logs/05_agents.ipynb #462d023b
 def _run_turns(value) -> list:
     "The messages in the inputs or outputs of a run."
     if not isinstance(value, Mapping): return []
+    if prompts := value.get("prompts"): return [{"role": "user", "content": prompts[0]}]
     found = first_of(value, "messages", "generations", "choices", "message", "output", "input")
     while isinstance(found, list) and found and isinstance(found[0], list): found = found[0]
     if isinstance(found, Mapping): found = found.get("messages", [found])
@@ -441,6 +442,13 @@ def _run_turns(value) -> list:
     texts = [{"role": "assistant", "content": t["text"]} if isinstance(t.get("text"), str)
              and "role" not in t and "lc" not in t and "type" not in t else t for t in turns]
     return [t for t in texts if "role" in t or "lc" in t or "type" in t]
+
+# %% ../../nbs/logs/05_agents.ipynb #c7ca7b03
+def _is_langsmith(record) -> bool:
+    "Whether this is a run of LangSmith, or an example of one of its data sets."
+    if not isinstance(record, Mapping): return False
+    pair = "inputs" in record and "outputs" in record
+    return "run_type" in record or pair and bool(_run_turns(record["inputs"]))
 
 # %% ../../nbs/logs/05_agents.ipynb #2d533cbe
 def _run_span(run: Mapping) -> dict:
@@ -483,9 +491,9 @@ def _loose(rule: Callable[[object], bool]) -> Callable[[Mapping], str | None]:
     "A group: the lines of a file that are turns."
     return lambda record: "file" if rule(record) else None
 
-# %% ../../nbs/logs/05_agents.ipynb #4decb137
+# %% ../../nbs/logs/05_agents.ipynb #d1febbc9
 SESSIONS = (
-    AgentFormat("langsmith", _field("run_type"), _langsmith_talks,
+    AgentFormat("langsmith", _is_langsmith, _langsmith_talks,
                 lambda run: str(run.get("trace_id") or run.get("id"))),
     AgentFormat("codex", _is_codex, _codex_talks, _codex_group, True),
     AgentFormat("gemini", _is_gemini, _gemini_talks, _loose(_field("parts"))),

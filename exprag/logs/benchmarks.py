@@ -257,13 +257,15 @@ def _python_calls(text: str) -> list[dict]:
                 for call in calls if isinstance(call, ast.Call) and not call.args]
     except (ValueError, TypeError, RecursionError): return []
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #697c460c
+# %% ../../nbs/logs/06_benchmarks.ipynb #e2b9634b
 def _hermes_turn(turn: Mapping, where: str) -> list[dict]:
     "The messages in a turn whose calls and results stand in its text."
     who, text = turn.get("from"), turn.get("value")
-    if not isinstance(text, str) or who not in ("gpt", "assistant", "model", "tool"):
-        return [{"role": "user" if who == "human" else who, "content": text}]
-    if who == "tool":
+    if who == "function_call":
+        return [{"role": "assistant", "content": [{"type": "tool_call", "value": text}]}]
+    if not isinstance(text, str) or who not in ("gpt", "assistant", "model", "tool", "observation"):
+        return [{"role": who, "content": text}]
+    if who in ("tool", "observation"):
         parts = _RESPONSE.findall(text) or [text]
         return [{"role": "tool", "content": part} for part in parts]
     thought = _THINK.match(text)

@@ -223,7 +223,7 @@ def _from_vercel(attributes: Mapping) -> tuple[list, list]:  # given, said
     said = {"role": "assistant", "content": text, "tool_calls": calls, "reasoning": thought}
     return given, [said] if text or calls or thought else []
 
-# %% ../../nbs/logs/02_spans.ipynb #71517ad7
+# %% ../../nbs/logs/02_spans.ipynb #7ea2c3d8
 _PAIRS = FrozenMap({  # names of the two lists
     INPUT: OUTPUT, "gen_ai.prompt": "gen_ai.completion", "llm.prompts": "llm.completions",
     "llm.input_messages": "llm.output_messages", "pydantic_ai.all_messages": "",
@@ -239,9 +239,30 @@ def _listed(attributes: Mapping, name: str, role: str):  # None: there is none
     if plain and not value.lstrip().startswith(("[", "{")):
         return [{"role": role, "content": value}]
     value = loaded(value, f"attributes.{name}")
-    return [value] if isinstance(value, Mapping) else value
+    return _in_call(value) or [value] if isinstance(value, Mapping) else value
 
-# %% ../../nbs/logs/02_spans.ipynb #0ba6c9ab
+# %% ../../nbs/logs/02_spans.ipynb #679b5fd8
+_REQUESTS = (  # names of a whole call, as its interface takes it and gives it back
+    ("input.value", "output.value"), ("mlflow.spanInputs", "mlflow.spanOutputs"),
+    ("langfuse.observation.input", "langfuse.observation.output"),
+    ("gcp.vertex.agent.llm_request", "gcp.vertex.agent.llm_response"))
+
+def _in_call(value) -> list | None:  # None: it is not a call with messages
+    "The messages in what a model was sent or sent back, written as JSON."
+    try: value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError): return None
+    if isinstance(value, Mapping):
+        found = first_of(value, "messages", "contents", "choices", "generations", "candidates")
+        one = isinstance(value.get("content"), Mapping) and value["content"]  # of Gemini
+        value = [one or value] if found is None and (one or "role" in value) else found
+    while isinstance(value, list) and value and isinstance(value[0], list): value = value[0]
+    if not isinstance(value, list): return None
+    turns = [first_of(v, "message", "content") if isinstance(v, Mapping) and "role" not in v
+             and "type" not in v and "lc" not in v else v for v in value]
+    known = all(isinstance(t, Mapping) and {"role", "type", "lc"} & set(t) for t in turns)
+    return turns if turns and known else None
+
+# %% ../../nbs/logs/02_spans.ipynb #dffbcdaf
 def turns_of(attributes: Mapping  # of a span
             ) -> tuple[str, list, list] | None:  # the attribute, given, said; None: no messages
     "What a model was given and what it answered, in whichever convention."
@@ -255,6 +276,9 @@ def turns_of(attributes: Mapping  # of a span
         return (_EVENTS, given, said) if given or said else None
     if "ai.prompt.messages" in attributes or "ai.prompt" in attributes:
         return "ai.prompt.messages", *_from_vercel(attributes)
+    for given, said in _REQUESTS:
+        if (turns := _in_call(attributes.get(given))) is not None:
+            return given, turns, _in_call(attributes.get(said)) or []
     return None
 
 # %% ../../nbs/logs/02_spans.ipynb #42dd3229
@@ -341,7 +365,7 @@ def _holds(span: dict) -> bool:
     try: return turns_of(span["attributes"]) is not None
     except (BadRecord, AttributeError, TypeError): return True
 
-# %% ../../nbs/logs/02_spans.ipynb #94ffdf2f
+# %% ../../nbs/logs/02_spans.ipynb #50ffbd33
 def _calls_among(spans: list[dict], by_id: Mapping) -> list[dict]:
     "The spans to read: those with messages and calls without, save those that another covers."
     holding = [s for s in spans if _holds(s)]
@@ -357,7 +381,11 @@ def _calls_among(spans: list[dict], by_id: Mapping) -> list[dict]:
     def wanted(span):
         if span["spanId"] in holders: return span["spanId"] not in repeated
         call = span["attributes"].get(OPERATION) in CALLS and span["spanId"] not in repeated
-        return call and not holders & set(above(span))
+        return call and not holders & set(above(span)) and not any(
+            within(span, holder) for holder in holding)
+    def within(span, other):  # in time, where the tracer did not say what is around what
+        same = agents[span["spanId"]] in ("", agents[other["spanId"]])
+        return same and other["start"] <= span["start"] and span["end"] <= other["end"]
     return [span for span in spans if wanted(span)]
 
 # %% ../../nbs/logs/02_spans.ipynb #ebe2b9d7

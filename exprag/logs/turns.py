@@ -27,26 +27,28 @@ def as_text(value) -> str:
     if value is None or isinstance(value, str): return value or ""
     return json.dumps(value, ensure_ascii=False)
 
-# %% ../../nbs/logs/01_turns.ipynb #c3eac7b5
+# %% ../../nbs/logs/01_turns.ipynb #03f55dad
 _ROLES = FrozenMap({
-    **dict.fromkeys(("user", "human", "HumanMessage", "HumanMessageChunk"), "user"),
+    **dict.fromkeys(("user", "human", "environment", "HumanMessage", "HumanMessageChunk"), "user"),
     **dict.fromkeys(("assistant", "ai", "model", "gpt", "gemini", "agent", "AIMessage",
                      "AIMessageChunk"), "assistant"),
     **dict.fromkeys(("system", "developer", "SystemMessage"), "system"),
-    **dict.fromkeys(("tool", "function", "toolResult", "ToolMessage", "FunctionMessage"), "tool")})
+    **dict.fromkeys(("tool", "function", "toolResult", "observation", "ipython", "ToolMessage",
+                     "FunctionMessage"), "tool")})
 
 def first_of(found: Mapping, *names: str):
     "The first of these fields that holds something."
     return next((found[name] for name in names if found.get(name) is not None), None)
 
-# %% ../../nbs/logs/01_turns.ipynb #482973aa
+# %% ../../nbs/logs/01_turns.ipynb #9905797e
 _ARGUMENTS = ("arguments", "args", "input", "action", "code", "queries", "query")
 _IDS = ("call_id", "callId", "tool_call_id", "toolCallId", "tool_use_id", "id")
 
 def tool_call(call: Mapping,  # as any interface writes it
               where: str) -> dict:  # as OpenAI writes it
     "A tool call."
-    call = call.get("tool_call", call.get("functionCall", call))
+    call = first_of(call, "tool_call", "functionCall", "function_call") or call
+    if not isinstance(call, Mapping): raise BadRecord(where, f"is no tool call: {str(call)[:60]!r}")
     if isinstance(value := call.get("value"), str): call = {**call, **loaded(value, where)}
     inner = call.get("function")
     function = inner if isinstance(inner, Mapping) else call
@@ -55,7 +57,7 @@ def tool_call(call: Mapping,  # as any interface writes it
     made = {"name": name, "arguments": as_text(first_of(function, *_ARGUMENTS))}
     return {"id": first_of(call, *_IDS), "type": "function", "function": made}
 
-# %% ../../nbs/logs/01_turns.ipynb #8a29a6c9
+# %% ../../nbs/logs/01_turns.ipynb #013f927d
 _TEXTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text", "refusal")
 _THOUGHTS = ("reasoning", "thinking")
 _HIDDEN = ("redacted_thinking", "compaction", "tool_reference", "item_reference")  # no text
@@ -67,7 +69,8 @@ def part_kind(part: Mapping) -> str:
     kind = part.get("type")
     if kind is None:  # Gemini
         named = {"functionCall": "call", "functionResponse": "result", "inlineData": "picture",
-                 "fileData": "picture", "thought": "thought", "text": "text"}
+                 "fileData": "picture", "function_call": "call", "function_response": "result",
+                 "inline_data": "picture", "file_data": "picture", "thought": "thought"}
         return next((kind for name, kind in named.items() if part.get(name)), "text")
     kind = str(kind)
     if kind.endswith(("_call", "-call", "tool_use")): return "call"
@@ -96,10 +99,11 @@ def _part_text(part: Mapping, where: str) -> str:
     names = ("text", "content", "thinking", "reasoning", "refusal", "summary", "value")
     return text_of(next((part[n] for n in names if part.get(n)), ""), where)
 
-# %% ../../nbs/logs/01_turns.ipynb #1c66c02e
+# %% ../../nbs/logs/01_turns.ipynb #befa259a
 def _tool_result(part: Mapping, where: str) -> dict:  # a chat message
     "What a tool returned."
-    part = part.get("functionResponse", part)
+    part = first_of(part, "functionResponse", "function_response") or part
+    if not isinstance(part, Mapping): raise BadRecord(where, f"is no result: {str(part)[:60]!r}")
     value = first_of(part, "response", "result", "content", "output", "tools", "value")
     return {"role": "tool", "tool_call_id": first_of(part, *_IDS), "content": text_of(value, where)}
 
