@@ -60,6 +60,7 @@ def test_one_question_in_every_convention(tmp_path, name):
     made["attributes"] = [{"key": k, "value": to_any(v)} for k, v in PLAIN[name].items()]
     [one], problems = read(dump(tmp_path / "s.jsonl", otlp(made)))
     assert not problems and one.goal == ASK and [s.action for s in one.steps] == [ANSWER]
+    assert ASK not in str(one.extra["spans"]) and ANSWER not in str(one.extra["spans"])  # kept once
 
 
 def test_twelve_numbered_messages_stay_in_order(tmp_path):

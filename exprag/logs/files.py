@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'WRITABLE', 'READABLE', 'detect', 'read_log', 'write_log']
 
-# %% ../../nbs/logs/04_files.ipynb #0351e5a1
+# %% ../../nbs/logs/04_files.ipynb #c5e51605
 import json
 import os
 import re
@@ -23,7 +23,7 @@ from .formats import (
 from .records import (
     LIMIT, BadRecord, Refused, Report, Sorter, arrow, records, refuse, write_records)
 from .spans import (
-    CONVERSATION, MODEL, Conversation, conversations, spans_of, to_any, to_spans)
+    CONVERSATION, Conversation, conversations, is_content, model_of, spans_of, to_any, to_spans)
 from ..trajectory import FrozenMap, Trajectory, TrajectoryError, digest, known
 from ..views import content_text, to_messages
 
@@ -123,7 +123,7 @@ def _trace_episodes(name: str, parts: list[tuple[int, dict]],  # line number, sp
             reading.refuse("line", place, error.field, f"trace {name}: {error.reason}")
         else: yield episode
 
-# %% ../../nbs/logs/04_files.ipynb #8d4331f0
+# %% ../../nbs/logs/04_files.ipynb #8d8903c2
 _TASK_ATTRIBUTE, _KEPT_ATTRIBUTE = "exprag.task", "exprag.kept"  # of the first span that we write
 
 def traced_episode(talk: Conversation, name: str,
@@ -139,18 +139,17 @@ def traced_episode(talk: Conversation, name: str,
     type = options.type or talk.agent.replace("/", "-") or None
     trajectory = episode_of(talk.messages, record, _OTEL, replace(options, type=type))
     first = talk.spans[0]
-    model = first["attributes"].get(MODEL)
+    model = model_of(first["attributes"])
     about = {"agent": talk.agent, "model": model, "trace": first["traceId"]}
     provenance = {**trajectory.provenance, **{k: v for k, v in about.items() if v}}
     extra = {**trajectory.extra, "spans": [_without_messages(span) for span in talk.spans]}
     try: return replace(trajectory, provenance=provenance, extra=extra)
     except TrajectoryError as error: raise BadRecord("attributes", str(error)) from None
 
-# %% ../../nbs/logs/04_files.ipynb #31876786
+# %% ../../nbs/logs/04_files.ipynb #04f95917
 def _without_messages(span: dict) -> dict:
     "A span without the messages, which the episode has."
-    content = (".messages", "system_instructions")
-    attributes = {k: v for k, v in span["attributes"].items() if not k.endswith(content)}
+    attributes = {k: v for k, v in span["attributes"].items() if not is_content(k)}
     return {**span, "attributes": attributes}
 
 # %% ../../nbs/logs/04_files.ipynb #dca8edd1

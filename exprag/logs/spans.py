@@ -281,6 +281,21 @@ def turns_of(attributes: Mapping  # of a span
             return given, turns, _in_call(attributes.get(said)) or []
     return None
 
+# %% ../../nbs/logs/02_spans.ipynb #0f7874fe
+def is_content(name: str) -> bool:
+    "Whether an attribute of this name holds messages, which an episode keeps as its steps."
+    pairs = (*_PAIRS.items(), *_REQUESTS, (SYSTEM, _EVENTS), ("ai.prompt", "ai.result"),
+             ("ai.response.text", "ai.response.toolCalls"), (CALL_RESULT, "tool_response"),
+             ("ai.response.reasoning", "ai.response.object"))
+    names = [each for pair in pairs for each in pair if each]
+    return any(name == each or name.startswith(each + ".") for each in names)
+
+# %% ../../nbs/logs/02_spans.ipynb #490e71a4
+def model_of(attributes: Mapping) -> str | None:
+    "The model that a span names, in whichever convention."
+    names = (MODEL, "gen_ai.response.model", "llm.model_name", "llm.request.model", "ai.model.id")
+    return first_of(attributes, *names)
+
 # %% ../../nbs/logs/02_spans.ipynb #42dd3229
 @dataclass
 class Conversation:
