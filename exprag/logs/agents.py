@@ -51,26 +51,27 @@ def _joined(messages: list[dict]) -> list[dict]:
             last["tool_calls"] = calls
     return out
 
-# %% ../../nbs/logs/05_agents.ipynb #c8d1a96b
+# %% ../../nbs/logs/05_agents.ipynb #6ae5c161
 def _ordered(messages: list[dict]) -> list[dict]:
     "The messages, each result right after its call; a result of no call is the user's."
     groups, owner = [], {}  # an agent's turn and the results of its calls; by id
-    waiting = []  # ids of calls without a result
+    waiting, last = {}, []  # ids of calls without a result, and of the latest turn's calls
     for i, message in enumerate(messages):
         for k, call in enumerate(message.get("tool_calls", ())):
             call["id"] = str(call["id"] or f"call_{i}_{k}")
         if message["role"] != "tool":
             groups.append([message])
-            made = [call["id"] for call in message.get("tool_calls", ())]
+            if made := [call["id"] for call in message.get("tool_calls", ())]: last = made
             owner.update(dict.fromkeys(made, groups[-1]))
-            waiting = made + waiting
+            waiting.update(dict.fromkeys(made))
             continue
         id = message["tool_call_id"]
-        id = str(id) if id is not None else waiting[0] if waiting else None
+        if id is None: id = next((n for n in last if n in waiting), next(iter(waiting), None))
+        id = id if id is None else str(id)
         if id not in owner:
             groups.append([{"role": "user", "content": message["content"]}])
             continue
-        waiting = [name for name in waiting if name != id]
+        waiting.pop(id, None)
         same = [m for m in owner[id][1:] if m["tool_call_id"] == id]
         if same: same[0]["content"] += "\n\n" + message["content"]
         else: owner[id].append({**message, "tool_call_id": id})
@@ -412,13 +413,14 @@ def _gemini_talks(record) -> Iterator[Talk]:
         yield Talk(lambda: _gemini_turns(objects(record["messages"])), record, "messages",
                    record.get("sessionId"))
 
-# %% ../../nbs/logs/05_agents.ipynb #540ed090
+# %% ../../nbs/logs/05_agents.ipynb #8e80bdbb
 def _is_gemini(record) -> bool:
     "Whether messages are Gemini's."
     if not isinstance(record, Mapping): return False
     types = {message.get("type") for message in objects(record.get("messages"))}
-    bare = "parts" in record and "role" in record
-    return bare or "contents" in record or "sessionId" in record and "gemini" in types
+    bare, given = "parts" in record and "role" in record, record.get("contents")
+    known = any("parts" in c for c in objects(given if isinstance(given, list) else [given]))
+    return bare or known or "sessionId" in record and "gemini" in types
 
 # %% ../../nbs/logs/05_agents.ipynb #6909e1b9
 _LANGCHAIN = {"human", "ai", "HumanMessage", "AIMessage", "AIMessageChunk", "constructor"}

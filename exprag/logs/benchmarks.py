@@ -189,7 +189,7 @@ def _is_inspect(record) -> bool:
     if not isinstance(record, Mapping): return False
     return "eval" in record and "plan" in record or {"epoch", "target", "messages"} <= set(record)
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #f556bfe4
+# %% ../../nbs/logs/06_benchmarks.ipynb #bcfe44e3
 def zipped_samples(path: Path,  # a log of inspect_ai, *.eval
                    refuse: Callable[[str, int, str, str], None],  # unit, number, field, reason
                    limit: int  # bytes a sample
@@ -198,6 +198,8 @@ def zipped_samples(path: Path,  # a log of inspect_ai, *.eval
     try:
         with zipfile.ZipFile(path) as file:
             names = [n for n in ("header.json", "_journal/start.json") if n in file.namelist()]
+            if names and file.getinfo(names[0]).file_size > limit:
+                raise ValueError(f"{names[0]} is longer than {limit} bytes; raise the limit")
             head = json.loads(file.read(names[0])).get("eval") if names else {}
             found = sorted(n for n in file.namelist() if re.fullmatch(r"samples/.+\.json", n))
             for number, name in enumerate(found, 1):
@@ -241,13 +243,14 @@ def _is_tau(record) -> bool:
     known = {"traj", "reward"} <= set(record) or {"messages", "reward_info"} <= set(record)
     return known or bool(objects(record.get("simulations")))
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #fc27f100
+# %% ../../nbs/logs/06_benchmarks.ipynb #eb1c885f
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _THINK = re.compile(r"\s*<(think|thinking|scratch_pad)>\s*(.*?)\s*</\1>\s*", re.DOTALL)
 
 def _python_calls(text: str) -> list[dict]:
     "The calls in a text such as `[find(n=7)]`; none if it is anything else."
+    if not re.match(r"\s*\[\w+[\w.]*\(", text): return []
     try: tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError): return []
     calls = tree.elts if isinstance(tree, ast.List) else []
