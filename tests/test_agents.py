@@ -176,7 +176,7 @@ def test_no_record_crashes_the_reader(name, data):
 def test_a_trajectory_comes_back_from_atif(trajectory):
     from exprag.logs.agents import agent_episodes
     record = json.loads(json.dumps(to_atif(trajectory)))
-    [back] = agent_episodes([("line", 1, record)], AGENTS["atif"], Options(), lambda *r: pytest.fail(str(r)), 1 << 20)
+    [(_, _, back)] = agent_episodes([("line", 1, record)], AGENTS["atif"], Options(), lambda *r: pytest.fail(str(r)), 1 << 20)
     assert back == trajectory and record["steps"][0]["step_id"] == 1
     assert all(isinstance(c["arguments"], dict) for s in record["steps"] for c in s.get("tool_calls", ()))
 

@@ -173,12 +173,12 @@ def _fault(error: Exception, name: str  # of the format
     if isinstance(error, BadRecord): return error.field, error.reason
     return "", f"does not have the form of {name}: {error!r}"
 
-# %% ../../nbs/logs/05_agents.ipynb #044080d6
+# %% ../../nbs/logs/05_agents.ipynb #0e70137d
 def agent_episodes(found: Iterable[tuple[str, int, object]],  # what `records` gives
                    fmt: AgentFormat, options: Options,
                    refuse: Callable[[str, int, str, str], None],  # unit, number, field, reason
                    limit: int  # bytes a session
-                  ) -> Iterator[Trajectory]:
+                  ) -> Iterator[tuple[str, int, Trajectory]]:  # unit, number, episode
     "The episodes in the records of an agent's log."
     for unit, number, value in _gathered(found, fmt, refuse, limit):
         count = 0
@@ -186,7 +186,7 @@ def agent_episodes(found: Iterable[tuple[str, int, object]],  # what `records` g
             for count, talk in enumerate(fmt.talks(value), 1):
                 try: trajectory = talk_episode(talk, fmt.name, options)
                 except _FAULTS as error: refuse(unit, number, *_fault(error, fmt.name))
-                else: yield trajectory
+                else: yield unit, number, trajectory
             if not count: raise BadRecord("", f"holds no conversation of {fmt.name}")
         except _FAULTS as error: refuse(unit, number, *_fault(error, fmt.name))
 

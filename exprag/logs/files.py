@@ -230,7 +230,7 @@ def _usual_names(value, fmt: Format):
         return {"messages": value["conversations"], **rest, "turns_key": "conversations"}
     return value
 
-# %% ../../nbs/logs/04_files.ipynb #23e26b41
+# %% ../../nbs/logs/04_files.ipynb #8aea863a
 def _episodes(found: Iterator[tuple[str, int, object]], kind: str, reading: _Reading
              ) -> Iterator[Trajectory]:
     "The episodes among the records of one file."
@@ -238,7 +238,8 @@ def _episodes(found: Iterator[tuple[str, int, object]], kind: str, reading: _Rea
         yield from _traced(found, reading)
         return
     if fmt := by_path(path) if (path := reading.options.turns) else AGENTS.get(kind):
-        yield from agent_episodes(found, fmt, reading.options, reading.refuse, reading.limit)
+        read = agent_episodes(found, fmt, reading.options, reading.refuse, reading.limit)
+        yield from (trajectory for _, _, trajectory in read)
         return
     for unit, number, value in _sessions(found, reading) if kind == "turns" else found:
         try:
