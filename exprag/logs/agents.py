@@ -19,7 +19,7 @@ from .turns import first_of, part_kind, text_of, to_chat
 from ..trajectory import FrozenMap, Task, Trajectory, TrajectoryError
 from ..views import content_text
 
-# %% ../../nbs/logs/05_agents.ipynb #7563d022
+# %% ../../nbs/logs/05_agents.ipynb #f7509887
 @dataclass(frozen=True)
 class Talk:
     "A conversation in an agent's log, with its turns as the log has them."
@@ -32,6 +32,7 @@ class Talk:
     success: bool | None = None
     about: Mapping = FrozenMap()  # for the provenance: model, agent
     kept: str | None = None  # what this library kept beside it
+    goal: str | None = None  # the beginning of the first user turn, where the log tells it apart
 
 # %% ../../nbs/logs/05_agents.ipynb #30ad8895
 def _joined(messages: list[dict]) -> list[dict]:
@@ -88,7 +89,7 @@ def chat_of(talk: Talk) -> list[dict]:  # OpenAI's chat messages
         if begun and message["role"] == "system": message["role"] = "user"
     return _ordered(_joined([m for m in messages if m["role"] != "user" or m["content"]]))
 
-# %% ../../nbs/logs/05_agents.ipynb #f26c0d68
+# %% ../../nbs/logs/05_agents.ipynb #04ee553e
 def talk_episode(talk: Talk, name: str, options: Options) -> Trajectory:
     "The trajectory of a conversation; whatever is wrong with it is a `BadRecord`."
     if talk.kept is not None:
@@ -100,14 +101,20 @@ def talk_episode(talk: Talk, name: str, options: Options) -> Trajectory:
     first = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
     before, fmt = messages[:first], Format(name, "messages", "id")
     greeting = [m for m in before if m["role"] != "system"]  # the agent speaks first
-    messages = [*(m for m in before if m["role"] == "system"), *messages[first:]]
+    before = [m for m in before if m["role"] == "system"]
+    messages = [*before, *messages[first:]]
     record = {**talk.raw, "messages": messages, "id": talk.id}
-    if talk.task and not options.task:
-        options = replace(options, task=lambda record: Task(*talk.task, options.fold))
+    if talk.task and not options.task: options = replace(options, task=lambda record: Task(
+        *(a or b for a, b in zip((options.world, options.type, None), talk.task)), options.fold))
+    if talk.goal and (asked := content_text(messages[len(before)])).startswith(talk.goal):
+        parts = (talk.goal, asked[len(talk.goal):].lstrip("\n"))
+        messages[len(before)] = {"role": "user", "content": [
+            {"type": "text", "text": part} for part in parts]}
     trajectory = episode_of(messages, record, fmt, options)
     known = {"score": talk.score, "success": talk.success}
     set_ = {k: v for k, v in known.items() if getattr(options, k) is None and v is not None}
-    about = {k: v for k, v in talk.about.items() if isinstance(v, str) and v}
+    about = {"session": None if talk.task else talk.id, **talk.about}
+    about = {k: v for k, v in about.items() if isinstance(v, str) and v}
     extra = {**trajectory.extra, **({"preamble": greeting} if greeting else {})}
     try: return replace(trajectory, provenance={**trajectory.provenance, **about}, extra=extra,
                         **set_)
@@ -236,7 +243,7 @@ def _claude_turns(messages: list[Mapping]) -> list[Mapping]:
         out.append({**message, "content": content})
     return out
 
-# %% ../../nbs/logs/05_agents.ipynb #8e6b8f5d
+# %% ../../nbs/logs/05_agents.ipynb #3d0b819a
 def _claude_talks(lines: list[Mapping]) -> Iterator[Talk]:
     "The conversations of a session: its own, and those of its side chains."
     chain, found, seen = {}, {}, set()
@@ -251,8 +258,13 @@ def _claude_talks(lines: list[Mapping]) -> Iterator[Talk]:
         first, messages = pairs[0][0], [message for _, message in pairs]
         names = (first.get("sessionId"), first.get("agentId") or name)
         model = next((m["model"] for m in messages if m.get("model")), None)
-        yield Talk(lambda messages=messages: _claude_turns(messages), first, "message",
-                   "/".join(str(n) for n in names if n), about={"model": model})
+        turns = _claude_turns(messages)
+        asked = next((t["content"] for t in turns if t.get("role") == "user"), None)
+        texts = [p["text"] for p in objects(asked) if isinstance(p.get("text"), str)]
+        own = [text for text in texts if not _ADDED.match(text)]
+        yield Talk(turns, first, "message", "/".join(str(n) for n in names if n),
+                   about={"model": model},
+                   goal="\n\n".join(own) if len(own) < len(texts) else None)
 
 # %% ../../nbs/logs/05_agents.ipynb #fabd39d9
 _CLAUDE_LINES = ("leafUuid", "snapshot", "sessionId", "isSidechain")  # one is in every line
@@ -271,7 +283,7 @@ def _claude_group(line: Mapping) -> str:
         raise BadRecord("message", "is missing or no object")
     return json.dumps([str(line.get("sessionId", "")), str(line.get("agentId", ""))])
 
-# %% ../../nbs/logs/05_agents.ipynb #a9b5acb6
+# %% ../../nbs/logs/05_agents.ipynb #e74fae7f
 _CONTEXT = re.compile(r"<(?:environment_context|user_instructions|permissions|INSTRUCTIONS|"
                       r"collaboration_mode|skills_instructions)|# AGENTS\.md instructions")
 _REQUEST = "## My request for Codex:\n"
@@ -284,7 +296,8 @@ def _codex_turn(item: Mapping, begun: bool  # whether the user has asked for som
     if not begun and _CONTEXT.match(text): return {"role": "system", "content": text}
     before, mark, request = text.partition(_REQUEST)
     if not mark: return item
-    return {"role": "user", "content": f"{request.strip()}\n\n{before.strip()}"}
+    goal = request.strip()
+    return {"role": "user", "content": f"{goal}\n\n{before.strip()}", "goal": goal}
 
 # %% ../../nbs/logs/05_agents.ipynb #35694b6f
 def _is_item(value) -> bool:
@@ -301,7 +314,7 @@ def _codex_group(line: Mapping) -> str:
         raise BadRecord("payload", "expected an object")
     return "session"
 
-# %% ../../nbs/logs/05_agents.ipynb #269a8986
+# %% ../../nbs/logs/05_agents.ipynb #cf1d2859
 def _codex_talks(lines: list[Mapping]) -> Iterator[Talk]:
     "The conversation of a session."
     meta, turns, model, begun = {}, [], None, False
@@ -312,7 +325,8 @@ def _codex_talks(lines: list[Mapping]) -> Iterator[Talk]:
         if line.get("type") != "response_item" and "payload" in line or not _is_item(item): continue
         turns.append(_codex_turn(item, begun))
         begun = begun or turns[-1].get("role") == "user"
-    if turns: yield Talk(turns, meta, "payload", meta.get("id"), about={"model": model})
+    goal = next((t.get("goal") for t in turns if t.get("role") == "user"), None)
+    if turns: yield Talk(turns, meta, "payload", meta.get("id"), about={"model": model}, goal=goal)
 
 # %% ../../nbs/logs/05_agents.ipynb #b753bfea
 _CODEX_LINES = ("session_meta", "response_item", "event_msg", "turn_context", "compacted")

@@ -31,7 +31,15 @@ def _swe_turn(entry: Mapping) -> dict:
     if not isinstance(action, str) or not action.strip() or entry.get("tool_calls"): return turn
     return {"role": "assistant", "content": action.strip(), "reasoning_content": thought}
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #576340aa
+# %% ../../nbs/logs/06_benchmarks.ipynb #95769a56
+def _instance(world: str, record: Mapping) -> tuple[str, str, str] | None:  # see `Talk.task`
+    "The task that a record of a software benchmark names, such as owner__repo-17."
+    id = record.get("instance_id")
+    if not isinstance(id, str) or not id: return None
+    found = re.fullmatch(r"([A-Za-z][^/@]*?)[_-](\d+)", id)
+    return (world, *(found.groups() if found else ("log", id)))
+
+# %% ../../nbs/logs/06_benchmarks.ipynb #30d2baef
 def _swe_talks(record: Mapping) -> Iterator[Talk]:
     "The conversation in a trajectory of SWE-agent."
     where = "history" if objects(record.get("history")) else "trajectory"
@@ -42,7 +50,7 @@ def _swe_talks(record: Mapping) -> Iterator[Talk]:
     own = entries[0].get("agent")  # another agent's turns are not this one's
     turns = [_swe_turn(e) for e in entries if e.get("agent") == own]
     target = record.get("target")
-    yield Talk(turns, record, where, record.get("instance_id"),
+    yield Talk(turns, record, where, None, _instance("swe-agent", record),
                success=target if isinstance(target, bool) else None,
                about={"model": record.get("model_name")})
 
@@ -114,7 +122,7 @@ def _event_turns(events: list[Mapping]) -> Iterator[dict]:
             id = own or named.get(event.get("cause")) or last
             yield {"role": "tool", "tool_call_id": id, "content": event.get("content") or ""}
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #fcd189b2
+# %% ../../nbs/logs/06_benchmarks.ipynb #8ddbba6e
 def _openhands_talks(record) -> Iterator[Talk]:
     "The conversation in an output of OpenHands, or in bare events."
     raw = record if isinstance(record, Mapping) else {}
@@ -123,8 +131,8 @@ def _openhands_talks(record) -> Iterator[Talk]:
     if events and isinstance(events[0], list): events = [e for pair in events for e in pair]
     paths = ("resolved", "report.resolved", "test_result.report.resolved", "success")
     found = (value_at(raw, path) for path in paths)
-    yield Talk(lambda: list(_event_turns(objects(events))), raw, where, raw.get("instance_id"),
-               success=next((v for v in found if isinstance(v, bool)), None))
+    yield Talk(lambda: list(_event_turns(objects(events))), raw, where, None,
+               _instance("openhands", raw), success=next((v for v in found if isinstance(v, bool)), None))
 
 # %% ../../nbs/logs/06_benchmarks.ipynb #d585dd7e
 def _is_event(value) -> bool:
@@ -165,7 +173,7 @@ def _sample_turns(sample: Mapping) -> list[dict]:
         turns.append({**turn, "content": turn.get("content") or failed.get("message") or ""})
     return turns
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #85c9733f
+# %% ../../nbs/logs/06_benchmarks.ipynb #0cda5fd9
 def _inspect_talks(record: Mapping) -> Iterator[Talk]:
     "The conversations of the samples in a log of inspect_ai, or of one sample."
     log = record.get("eval") or {}
@@ -180,7 +188,7 @@ def _inspect_talks(record: Mapping) -> Iterator[Talk]:
         where = f"samples[{i}].messages" if "samples" in record else "messages"
         task = str(log.get("task") or "inspect").replace("/", "-")
         yield Talk(lambda sample=sample: _sample_turns(sample), sample, where,
-                   f"{task}_{sample.get('id')}", None, score, success,
+                   None, ("inspect", task, str(sample.get("id"))), score, success,
                    {"model": log.get("model")})
 
 # %% ../../nbs/logs/06_benchmarks.ipynb #20708b2f
@@ -221,7 +229,7 @@ def _tau_turns(messages: list[Mapping]) -> list[Mapping]:
     own = [t for t in turns if t.get("role") != "tool" or t.get("requestor") != "user"]
     return [{**t, "tool_calls": None} if t.get("role") == "user" else t for t in own]
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #2542f423
+# %% ../../nbs/logs/06_benchmarks.ipynb #ff874968
 def _tau_talks(record: Mapping) -> Iterator[Talk]:
     "The conversations in results of tau-bench or tau2."
     domain = value_at(record, "info.environment_info.domain_name")
@@ -231,10 +239,9 @@ def _tau_talks(record: Mapping) -> Iterator[Talk]:
         reward = first_of({"a": run.get("reward"), "b": value_at(run, "reward_info.reward")},
                           "a", "b")
         number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
-        task = str(run.get("task_id"))
+        task = ("tau", str(domain or "log").replace("/", "-"), str(run.get("task_id")))
         yield Talk(lambda run=run, name=name: _tau_turns(objects(run.get(name))), run, where,
-                   f"{domain}_{task}" if domain else task, None,
-                   float(reward) if number else None, reward > 1 - 1e-6 if number else None)
+                   None, task, float(reward) if number else None, reward > 1 - 1e-6 if number else None)
 
 # %% ../../nbs/logs/06_benchmarks.ipynb #51a7a622
 def _is_tau(record) -> bool:
@@ -299,7 +306,7 @@ def _is_hermes(record) -> bool:
     said = [t["value"] for t in turns if isinstance(t.get("value"), str)]
     return any(t.get("from") == "tool" for t in turns) or any("<tool_call>" in s for s in said)
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #7469852a
+# %% ../../nbs/logs/06_benchmarks.ipynb #02a9ad55
 def _scienceworld_talks(record: Mapping) -> Iterator[Talk]:
     "The conversations in histories that ScienceWorld wrote."
     packed = [record] if "history" in record else [v for v in record.values()]
@@ -313,7 +320,8 @@ def _scienceworld_talks(record: Mapping) -> Iterator[Talk]:
                       {"role": "user", "content": step.get("observation")}]
         score = round(100 * float((steps or [first])[-1].get("score") or 0))
         task = ("scienceworld", str(run.get("taskName")), str(run.get("variationIdx")))
-        yield Talk(turns, each, f"[{i}].history", None, task, float(score), score >= 100)
+        yield Talk(turns, each, f"[{i}].history", None, task, float(score), score >= 100,
+                   goal=str(run.get("taskDescription")))
 
 # %% ../../nbs/logs/06_benchmarks.ipynb #b1ff6982
 def _is_scienceworld(record) -> bool:
