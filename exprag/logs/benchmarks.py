@@ -122,7 +122,7 @@ def _event_turns(events: list[Mapping]) -> Iterator[dict]:
             id = own or named.get(event.get("cause")) or last
             yield {"role": "tool", "tool_call_id": id, "content": event.get("content") or ""}
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #8ddbba6e
+# %% ../../nbs/logs/06_benchmarks.ipynb #e9ad6406
 def _openhands_talks(record) -> Iterator[Talk]:
     "The conversation in an output of OpenHands, or in bare events."
     raw = record if isinstance(record, Mapping) else {}
@@ -132,7 +132,8 @@ def _openhands_talks(record) -> Iterator[Talk]:
     paths = ("resolved", "report.resolved", "test_result.report.resolved", "success")
     found = (value_at(raw, path) for path in paths)
     yield Talk(lambda: list(_event_turns(objects(events))), raw, where, None,
-               _instance("openhands", raw), success=next((v for v in found if isinstance(v, bool)), None))
+               _instance("openhands", raw),
+               success=next((v for v in found if isinstance(v, bool)), None))
 
 # %% ../../nbs/logs/06_benchmarks.ipynb #d585dd7e
 def _is_event(value) -> bool:
@@ -229,7 +230,7 @@ def _tau_turns(messages: list[Mapping]) -> list[Mapping]:
     own = [t for t in turns if t.get("role") != "tool" or t.get("requestor") != "user"]
     return [{**t, "tool_calls": None} if t.get("role") == "user" else t for t in own]
 
-# %% ../../nbs/logs/06_benchmarks.ipynb #ff874968
+# %% ../../nbs/logs/06_benchmarks.ipynb #dead2fba
 def _tau_talks(record: Mapping) -> Iterator[Talk]:
     "The conversations in results of tau-bench or tau2."
     domain = value_at(record, "info.environment_info.domain_name")
@@ -241,7 +242,8 @@ def _tau_talks(record: Mapping) -> Iterator[Talk]:
         number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
         task = ("tau", str(domain or "log").replace("/", "-"), str(run.get("task_id")))
         yield Talk(lambda run=run, name=name: _tau_turns(objects(run.get(name))), run, where,
-                   None, task, float(reward) if number else None, reward > 1 - 1e-6 if number else None)
+                   None, task, float(reward) if number else None,
+                   reward > 1 - 1e-6 if number else None)
 
 # %% ../../nbs/logs/06_benchmarks.ipynb #51a7a622
 def _is_tau(record) -> bool:
