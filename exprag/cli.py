@@ -206,13 +206,14 @@ class _Refusals:
         if self.count <= SHOWN: print(f"refused: {refused}", file=sys.stderr)
         if self.count == SHOWN: print("refused: further ones are only counted", file=sys.stderr)
 
-# %% ../nbs/21_command_line.ipynb #97068872
+# %% ../nbs/21_command_line.ipynb #9a1f2954
 def _run_import(given: argparse.Namespace) -> int:  # exit status
     "Read a log into a store."
     from exprag.logs.files import import_log
     from exprag.logs.formats import Options
     from exprag.store import Store
-    names = ("world", "type", "fold", "task", "score", "success", "preamble", "goal", "author")
+    names = ("world", "type", "fold", "task", "score", "success", "preamble", "goal", "author",
+             "turns")
     options = Options(**{name: getattr(given, name) for name in names})
     refusals = _Refusals()
     with Store(given.store) as store:
@@ -335,25 +336,26 @@ def _add_store_command(commands, name: str, run, about: str, argument: tuple | N
     command.set_defaults(run=run)
     return command
 
-# %% ../nbs/21_command_line.ipynb #4f07896f
+# %% ../nbs/21_command_line.ipynb #5657e1ff
 _IMPORT_NAMES = {
     "world": "of the tasks (default: chat, as for a memory of chat messages)",
     "type": "of the tasks (default: chat, or what the id of a training set's record says)",
     "task": "the field that names the task (default: the goal names it)",
     "score": "the field that holds the raw score; a dot leads into a field",
     "success": "the field that says whether it succeeded",
+    "turns": "the field that holds the turns, such as runs[].messages, of an unknown format",
     "author": "who acted; a memory shows what its author, or one it trusts, has done"}
 
-# %% ../nbs/21_command_line.ipynb #235c0a65
+# %% ../nbs/21_command_line.ipynb #dfaf9f44
 def _add_log_commands(commands) -> None:
     "The commands that bring logs in and out."
-    from exprag.logs.files import NAMES
+    from exprag.logs.files import READABLE, WRITABLE
     bring = _add_store_command(
         commands, "import", _run_import, "read a log of another program into a store",
         ("file", str, "a file, a folder of them, a pipe, or - for standard input; .gz, .xz and "
                       ".bz2 are unpacked"))
     bring.add_argument(
-        "--format", choices=NAMES, help="of the log (default: the first record decides)"
+        "--format", choices=READABLE, help="of the log (default: the first record decides)"
     )
     for option, about in _IMPORT_NAMES.items():
         bring.add_argument(f"--{option}", metavar="NAME", help=about)
@@ -370,7 +372,7 @@ def _add_log_commands(commands) -> None:
     take = _add_store_command(
         commands, "export", _run_export, "write a store's episodes as a log",
         ("file", Path, "ends in .jsonl, .json or .parquet; .gz or .xz may follow"))
-    take.add_argument("--format", choices=NAMES, default="exprag",
+    take.add_argument("--format", choices=WRITABLE, default="exprag",
                       help="of the log (default: %(default)s)")
     take.add_argument("--plain", action="store_true",
                       help="leave out what the format cannot hold, instead of keeping it in the "

@@ -174,7 +174,7 @@ def test_a_result_of_nothing_is_refused_with_the_cause(messages, said):
 def test_sharegpt_tools():
     hermes, toolace = one(case("18-*/f-hermes.jsonl")), one(case("18-*/f-toolace.jsonl"))
     assert hermes.actions == ('find({"n": 7})', "In depot B.") and hermes.steps[0].observation == '{"depot": "B"}'
-    assert toolace.actions == ("[find(n=7)]", "In depot B.") and "B" in toolace.steps[0].observation
+    assert toolace.actions == ('find({"n": 7})', "In depot B.") and "B" in toolace.steps[0].observation
 
 
 def test_two_calls_between_tags_and_both_responses_in_one_turn():

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Format', 'Options', 'read_record', 'write_record']
 
-# %% ../../nbs/logs/03_formats.ipynb #259685c0
+# %% ../../nbs/logs/03_formats.ipynb #93b8dd72
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from exprag.logs.messages import (
-    CHAT, agreed, chat_task, goal_split, read_conversation, storable,
+    CHAT, Split, agreed, chat_task, goal_split, read_conversation, storable,
     write_conversation)
 from .records import BadRecord
 from ..trajectory import FrozenMap, Task, Trajectory, TrajectoryError, digest, thaw
@@ -166,7 +166,7 @@ def _truth(value, name: str) -> bool | None:  # None: not known
         raise BadRecord(name, f"is {str(value)[:40]!r}: expected true or false")
     return None if number is None else bool(number)
 
-# %% ../../nbs/logs/03_formats.ipynb #6404f81d
+# %% ../../nbs/logs/03_formats.ipynb #984738ea
 @dataclass(frozen=True)
 class Options:
     "How records of other programs are understood."
@@ -177,13 +177,14 @@ class Options:
     score: str | None = None  # the field that holds the raw score; a dot leads into a field
     success: str | None = None  # the field that says whether the episode succeeded
     preamble: int | None = None  # turns between system text and goal; None: detected
-    goal: str | None = None  # 'whole', 'first', or a pattern: see `goal_split`
+    goal: str | Split | None = None  # 'whole', 'first', or a pattern: see `goal_split`
     author: str | None = None  # who acted; goes into the provenance
+    turns: str | None = None  # where the turns lie, for a format nobody listed: see `logs.agents`
 
     def __post_init__(self):
         if self.preamble is not None and self.preamble < 0:
             raise ValueError(f"preamble {self.preamble}: expected 0 turns or more")
-        if self.goal is not None: goal_split(self.goal)
+        if isinstance(self.goal, str): goal_split(self.goal)
         Task(self.world or CHAT, self.type or CHAT, "1", self.fold)  # says which part is wrong
 
     def task_of(self, record: Mapping, fmt: Format) -> Task | None:
@@ -228,12 +229,12 @@ def _preamble_of(messages: list[Mapping], fmt: Format) -> int | None:  # None: n
         return 2 * first if plain and len(rest) > 2 * first else 0
     return 2 if fmt.loss and agreed(rest) else None
 
-# %% ../../nbs/logs/03_formats.ipynb #885902d0
+# %% ../../nbs/logs/03_formats.ipynb #a25f2c50
 def _split_of(options: Options, fmt: Format,
               task: Task | None  # that the record names
              ) -> Callable[[str], tuple[str, str]] | None:  # see `read_conversation`
     "How the first user turn is read."
-    if options.goal: return goal_split(options.goal)
+    if options.goal: return options.goal if callable(options.goal) else goal_split(options.goal)
     if task is None or options.task: return goal_split("first") if fmt.loss else None
     whole, first = goal_split("whole"), goal_split("first")
     def split(text):  # of a task that is named by its goal, the goal is all of it

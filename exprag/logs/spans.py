@@ -5,29 +5,31 @@
 # %% auto #0
 __all__ = ['spans_of', 'Conversation', 'conversations', 'to_spans']
 
-# %% ../../nbs/logs/02_spans.ipynb #74239ae0
+# %% ../../nbs/logs/02_spans.ipynb #e1e0e6b6
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .records import BadRecord
+from .turns import as_text, first_of, loaded, one_message, to_chat
 from ..trajectory import FrozenMap, digest
 from ..views import content_text
 
-# %% ../../nbs/logs/02_spans.ipynb #c7af6dba
+# %% ../../nbs/logs/02_spans.ipynb #c194f1d5
 OPERATION, CONVERSATION = "gen_ai.operation.name", "gen_ai.conversation.id"
 AGENT, MODEL = "gen_ai.agent.name", "gen_ai.request.model"
 INPUT, OUTPUT = "gen_ai.input.messages", "gen_ai.output.messages"
 SYSTEM = "gen_ai.system_instructions"
 CALL_ID, CALL_RESULT = "gen_ai.tool.call.id", "gen_ai.tool.call.result"
 CALLS = ("chat", "generate_content", "text_completion")  # operations that call a model
+_EVENTS = "events"  # where events of the older conventions are kept, as pydantic-ai names it
 
-# %% ../../nbs/logs/02_spans.ipynb #eb4a2f74
+# %% ../../nbs/logs/02_spans.ipynb #2edbd9df
 _NO_CONTENT = (
-    "is missing: the tracer did not keep the messages, or wrote them under the names of before "
-    "version 1.37. For OpenTelemetry's own instrumentations set "
-    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT and "
+    "is missing: the tracer did not keep the messages. For OpenTelemetry's own instrumentations "
+    "set OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT and "
     "OTEL_SEMCONV_STABILITY_OPT_IN=gen_ai_latest_experimental, and record again")
 
 # %% ../../nbs/logs/02_spans.ipynb #054ce1a5
@@ -71,108 +73,68 @@ def _hex_id(text: str, size: int  # bytes
     if len(text) in (0, 2 * size): return text.lower()
     return base64.b64decode(text, validate=True).hex()
 
-# %% ../../nbs/logs/02_spans.ipynb #f87b097e
-_DETAILS = "gen_ai.client.inference.operation.details"  # the event that may hold the messages
+# %% ../../nbs/logs/02_spans.ipynb #3c5f0175
+_DETAILS = ("gen_ai.client.inference.operation.details", "gen_ai.content.prompt",
+            "gen_ai.content.completion")  # events whose attributes hold messages
+_MESSAGE_EVENT = re.compile(r"gen_ai\.(?:(?:system|user|assistant|tool)\.message|choice)")
 
+def _attributes(owner: Mapping) -> dict:
+    "The attributes of a span or event, plain."
+    return {a["key"]: from_any(a.get("value", {})) for a in owner.get("attributes", ())}
+
+# %% ../../nbs/logs/02_spans.ipynb #5d1e2e60
 def _flat(span: Mapping  # as in OTLP
          ) -> dict:
     "A span with plain attributes."
-    events = [e for e in span.get("events", ()) if e.get("name") == _DETAILS]
-    attributes = {a["key"]: from_any(a.get("value", {}))
-                  for owner in (*events, span) for a in owner.get("attributes", ())}
+    events = [(e.get("name", ""), _attributes(e)) for e in span.get("events", ())]
+    attributes = {k: v for name, found in events if name in _DETAILS for k, v in found.items()}
+    noted = [{"event.name": name, **found} for name, found in events
+            if _MESSAGE_EVENT.fullmatch(name)]
+    attributes |= ({_EVENTS: noted} if noted else {}) | _attributes(span)
     return {"traceId": _hex_id(span["traceId"], 16), "spanId": _hex_id(span["spanId"], 8),
             "parent": _hex_id(span.get("parentSpanId") or "", 8), "name": span.get("name", ""),
             "start": int(span.get("startTimeUnixNano", 0)),
             "end": int(span.get("endTimeUnixNano", 0)),
             "status": span.get("status") or {}, "attributes": attributes}
 
-# %% ../../nbs/logs/02_spans.ipynb #a6309fb7
+# %% ../../nbs/logs/02_spans.ipynb #6aa0780e
+def _flat_event(log: Mapping  # a log record of OTLP
+               ) -> dict | None:  # a span that holds one event; None: not about a message
+    "An event of the older conventions, for the span that it names."
+    attributes = _attributes(log)
+    name = log.get("eventName") or attributes.pop("event.name", "")
+    if not _MESSAGE_EVENT.fullmatch(str(name)) or not log.get("spanId"): return None
+    body = from_any(log.get("body", {}))
+    noted = {"event.name": name, **attributes, **(body if isinstance(body, Mapping) else {})}
+    time = log.get("timeUnixNano") or log.get("observedTimeUnixNano") or 0
+    return {**_flat({**log, "attributes": [], "startTimeUnixNano": time}),
+            "attributes": {_EVENTS: [noted]}, "log": True}
+
+# %% ../../nbs/logs/02_spans.ipynb #f73dd4fc
 def spans_of(export: Mapping  # one line of an OTLP file, or the whole of one
             ) -> Iterator[dict]:  # traceId, spanId, parent, name, start, end, status, attributes
     "The spans in an export, flat, each with its attributes as a plain dict."
-    if not isinstance(export, Mapping) or "resourceSpans" not in export:
+    if not isinstance(export, Mapping) or not {"resourceSpans", "resourceLogs"} & set(export):
         fields = ", ".join(sorted(export)) if isinstance(export, Mapping) else type(export).__name__
         raise BadRecord("resourceSpans", f"is missing; the record has {fields or 'nothing'}. "
                                          "Export traces as OTLP JSON")
     try:
-        for resource in export["resourceSpans"]:
+        for resource in export.get("resourceSpans", ()):
             for scope in resource.get("scopeSpans", ()):
                 yield from map(_flat, scope.get("spans", ()))
+        for resource in export.get("resourceLogs", ()):
+            for scope in resource.get("scopeLogs", ()):
+                yield from filter(None, map(_flat_event, scope.get("logRecords", ())))
     except BadRecord: raise
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise BadRecord("resourceSpans", f"does not have the form of OTLP: {error!r}") from None
 
-# %% ../../nbs/logs/02_spans.ipynb #16127ac2
-def _loaded(value, where: str):
-    "An attribute that may have been written as JSON text."
-    if not isinstance(value, str): return value
-    try: return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(where, f"is not JSON: {error}; was it cut at the tracer's limit for "
-                               "attributes?") from None
-
-# %% ../../nbs/logs/02_spans.ipynb #163f4dff
-def _as_text(value) -> str:
-    "Text as it is, None as '', anything else as JSON."
-    if value is None or isinstance(value, str): return value or ""
-    return json.dumps(value, ensure_ascii=False)
-
-# %% ../../nbs/logs/02_spans.ipynb #b7d01fe8
+# %% ../../nbs/logs/02_spans.ipynb #a406deae
 def _as_value(text: str):
-    "The object that `_as_text` writes as this text; if there is none, the text."
+    "The object that `as_text` writes as this text; if there is none, the text."
     try: value = json.loads(text)
     except (ValueError, RecursionError): return text
-    return value if isinstance(value, dict) and _as_text(value) == text else text
-
-# %% ../../nbs/logs/02_spans.ipynb #ac2d7519
-def _one_message(role: str, parts: list[Mapping], where: str) -> dict:  # a chat message
-    "A chat message from parts that are text, reasoning or tool calls."
-    texts, thoughts, calls = [], [], []
-    for part in parts:
-        kind, content = part.get("type"), part.get("content")
-        if kind == "text" and isinstance(content, str): texts.append(content)
-        elif kind in ("reasoning", "thinking") and isinstance(content, str):
-            thoughts.append(content)
-        elif kind == "tool_call":
-            function = {"name": part.get("name"), "arguments": _as_text(part.get("arguments"))}
-            calls.append({"id": part.get("id"), "type": "function", "function": function})
-        else:
-            raise BadRecord(f"{where}.parts", f"holds a part of type {kind!r}: only text, "
-                                              "reasoning, tool calls and their responses can be "
-                                              "kept")
-    several = [{"type": "text", "text": text} for text in texts]
-    return {"role": role, "content": several if len(texts) > 1 else "".join(texts),
-            **({"reasoning_content": "\n\n".join(thoughts)} if thoughts else {}),
-            **({"tool_calls": calls} if calls else {})}
-
-# %% ../../nbs/logs/02_spans.ipynb #94c3b7a8
-def _to_chat_each(message: Mapping, where: str) -> Iterator[dict]:
-    "The chat messages that one message becomes: the responses of tools, and the rest."
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise BadRecord(f"{where}.role", "is missing")
-    if "parts" not in message and "content" in message:  # already a chat message
-        yield dict(message)
-        return
-    parts = message.get("parts")
-    if not isinstance(parts, list) or not all(isinstance(p, Mapping) for p in parts):
-        raise BadRecord(f"{where}.parts", "expected a list of objects")
-    responses = [p for p in parts if p.get("type") == "tool_call_response"]
-    for p in responses:
-        text = _as_text(p.get("response", p.get("result")))
-        yield {"role": "tool", "tool_call_id": p.get("id"), "content": text}
-    others = [p for p in parts if p.get("type") != "tool_call_response"]
-    if others or not parts: yield _one_message(message["role"], others, where)
-
-# %% ../../nbs/logs/02_spans.ipynb #2b45c818
-def to_chat(messages,  # a list of messages with parts, perhaps as JSON text
-            where: str  # for errors: the name of the attribute
-           ) -> list[dict]:  # OpenAI's chat messages
-    "Messages of the conventions as chat messages."
-    messages = _loaded(messages, where)
-    if not isinstance(messages, list):
-        raise BadRecord(where, f"is a {type(messages).__name__}: expected a list of messages")
-    return [chat for number, message in enumerate(messages)
-            for chat in _to_chat_each(message, f"{where}[{number}]")]
+    return value if isinstance(value, dict) and as_text(value) == text else text
 
 # %% ../../nbs/logs/02_spans.ipynb #d4fcdfc7
 def _parts_of(message: Mapping) -> list[dict]:
@@ -196,6 +158,143 @@ def from_chat(messages: list[Mapping]  # OpenAI's chat messages
              ) -> list[dict]:  # messages with parts
     "The inverse of `to_chat`."
     return [{"role": message["role"], "parts": _parts_of(message)} for message in messages]
+
+# %% ../../nbs/logs/02_spans.ipynb #93824edd
+def _numbered(attributes: Mapping, prefix: str):  # lists and objects; None: there are none
+    "What attributes such as `prefix.0.content` were made from."
+    found = {}
+    for key, value in attributes.items():
+        if not key.startswith(prefix + "."): continue
+        *path, last = key[len(prefix) + 1:].split(".")
+        at = found
+        for name in path:
+            at = at.setdefault(name, {})
+            if not isinstance(at, dict): raise BadRecord(f"attributes.{key}", "has two meanings")
+        at[last] = value
+    def listed(value):
+        if not isinstance(value, dict): return value
+        value = {k: listed(v) for k, v in value.items()}
+        numbers = bool(value) and all(k.isdigit() for k in value)
+        return [value[k] for k in sorted(value, key=int)] if numbers else value
+    return listed(found) if found else None
+
+# %% ../../nbs/logs/02_spans.ipynb #8e7ebc96
+def _unpacked(turn):  # a message
+    "A numbered message whose content is a list of parts, written as JSON text."
+    content = turn.get("content") if isinstance(turn, Mapping) else None
+    if not isinstance(content, str) or not content.startswith("[{"): return turn
+    try: parts = json.loads(content)
+    except (ValueError, RecursionError): return turn
+    return {**turn, "content": parts} if all(isinstance(p, Mapping) and "type" in p
+                                            for p in parts) else turn
+
+# %% ../../nbs/logs/02_spans.ipynb #6105148c
+def _from_events(events, where: str) -> tuple[list, list]:  # given, said
+    "The messages in events, one a message."
+    given, said = [], []
+    for event in loaded(events, where):
+        if not isinstance(event, Mapping): raise BadRecord(where, "expected a list of events")
+        name = str(event.get("event.name", ""))
+        body = loaded(event.get("gen_ai.event.content") or {}, where)
+        body = {**event, **(body if isinstance(body, Mapping) else {})}
+        message = body.get("message", body)
+        message = loaded(message, where) if isinstance(message, str) else message
+        role = name.split(".")[1] if name.endswith(".message") else "assistant"
+        turn = {"role": role, **message} if isinstance(message, Mapping) else message
+        if isinstance(turn.get("tool_calls"), str):
+            turn = {**turn, "tool_calls": loaded(turn["tool_calls"], where)}
+        (said if name.endswith("choice") else given).append(turn)
+    return given, said
+
+# %% ../../nbs/logs/02_spans.ipynb #e2e45e19
+def _from_vercel(attributes: Mapping) -> tuple[list, list]:  # given, said
+    "The messages of a call that the Vercel SDK traced."
+    given = loaded(attributes.get("ai.prompt.messages"), "attributes.ai.prompt.messages")
+    if given is None:
+        prompt = loaded(attributes["ai.prompt"], "attributes.ai.prompt")
+        prompt = prompt if isinstance(prompt, Mapping) else {"prompt": as_text(prompt)}
+        system = [{"role": "system", "content": prompt["system"]}] if prompt.get("system") else []
+        given = prompt.get("messages") or prompt.get("prompt", "")
+        given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        given = [*system, *given]
+    def answer(name): return first_of(attributes, f"ai.response.{name}", f"ai.result.{name}")
+    calls = loaded(answer("toolCalls") or [], "attributes.ai.response.toolCalls")
+    text, thought = answer("text") or answer("object") or "", answer("reasoning")
+    said = {"role": "assistant", "content": text, "tool_calls": calls, "reasoning": thought}
+    return given, [said] if text or calls or thought else []
+
+# %% ../../nbs/logs/02_spans.ipynb #7ea2c3d8
+_PAIRS = FrozenMap({  # names of the two lists
+    INPUT: OUTPUT, "gen_ai.prompt": "gen_ai.completion", "llm.prompts": "llm.completions",
+    "llm.input_messages": "llm.output_messages", "pydantic_ai.all_messages": "",
+    "all_messages_events": ""})
+
+def _listed(attributes: Mapping, name: str, role: str):  # None: there is none
+    "The list of messages under a name: one value, or numbered."
+    value = attributes.get(name)
+    if value is None:
+        numbered = _numbered(attributes, name) if name else None
+        return [*map(_unpacked, numbered)] if isinstance(numbered, list) else None
+    plain = name.endswith(("prompt", "completion")) and isinstance(value, str)
+    if plain and not value.lstrip().startswith(("[", "{")):
+        return [{"role": role, "content": value}]
+    value = loaded(value, f"attributes.{name}")
+    return _in_call(value) or [value] if isinstance(value, Mapping) else value
+
+# %% ../../nbs/logs/02_spans.ipynb #679b5fd8
+_REQUESTS = (  # names of a whole call, as its interface takes it and gives it back
+    ("input.value", "output.value"), ("mlflow.spanInputs", "mlflow.spanOutputs"),
+    ("langfuse.observation.input", "langfuse.observation.output"),
+    ("gcp.vertex.agent.llm_request", "gcp.vertex.agent.llm_response"))
+
+def _in_call(value) -> list | None:  # None: it is not a call with messages
+    "The messages in what a model was sent or sent back, written as JSON."
+    try: value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError): return None
+    if isinstance(value, Mapping):
+        found = first_of(value, "messages", "contents", "choices", "generations", "candidates")
+        one = isinstance(value.get("content"), Mapping) and value["content"]  # of Gemini
+        value = [one or value] if found is None and (one or "role" in value) else found
+    while isinstance(value, list) and value and isinstance(value[0], list): value = value[0]
+    if not isinstance(value, list): return None
+    turns = [first_of(v, "message", "content") if isinstance(v, Mapping) and "role" not in v
+             and "type" not in v and "lc" not in v else v for v in value]
+    known = all(isinstance(t, Mapping) and {"role", "type", "lc"} & set(t) for t in turns)
+    return turns if turns and known else None
+
+# %% ../../nbs/logs/02_spans.ipynb #dffbcdaf
+def turns_of(attributes: Mapping  # of a span
+            ) -> tuple[str, list, list] | None:  # the attribute, given, said; None: no messages
+    "What a model was given and what it answered, in whichever convention."
+    for given, said in _PAIRS.items():
+        if (turns := _listed(attributes, given, "user")) is not None:
+            if turns and isinstance(turns[0], Mapping) and "event.name" in turns[0]:
+                return given, *_from_events(turns, f"attributes.{given}")
+            return given, turns, _listed(attributes, said, "assistant") or []
+    if _EVENTS in attributes:
+        given, said = _from_events(attributes[_EVENTS], f"attributes.{_EVENTS}")
+        return (_EVENTS, given, said) if given or said else None
+    if "ai.prompt.messages" in attributes or "ai.prompt" in attributes:
+        return "ai.prompt.messages", *_from_vercel(attributes)
+    for given, said in _REQUESTS:
+        if (turns := _in_call(attributes.get(given))) is not None:
+            return given, turns, _in_call(attributes.get(said)) or []
+    return None
+
+# %% ../../nbs/logs/02_spans.ipynb #0f7874fe
+def is_content(name: str) -> bool:
+    "Whether an attribute of this name holds messages, which an episode keeps as its steps."
+    pairs = (*_PAIRS.items(), *_REQUESTS, (SYSTEM, _EVENTS), ("ai.prompt", "ai.result"),
+             ("ai.response.text", "ai.response.toolCalls"), (CALL_RESULT, "tool_response"),
+             ("ai.response.reasoning", "ai.response.object"))
+    names = [each for pair in pairs for each in pair if each]
+    return any(name == each or name.startswith(each + ".") for each in names)
+
+# %% ../../nbs/logs/02_spans.ipynb #490e71a4
+def model_of(attributes: Mapping) -> str | None:
+    "The model that a span names, in whichever convention."
+    names = (MODEL, "gen_ai.response.model", "llm.model_name", "llm.request.model", "ai.model.id")
+    return first_of(attributes, *names)
 
 # %% ../../nbs/logs/02_spans.ipynb #42dd3229
 @dataclass
@@ -230,20 +329,21 @@ def _continued(known: list[Conversation], agent: str, given: list[dict]
             if answered <= open_calls: return talk, new
     return None, given
 
-# %% ../../nbs/logs/02_spans.ipynb #e6a5537b
+# %% ../../nbs/logs/02_spans.ipynb #a90642ba
 def _call_messages(attributes: Mapping
                   ) -> tuple[list[dict], list[dict]]:  # what the model was given, what it said
     "The messages of one call of a model."
-    if INPUT not in attributes: raise BadRecord(f"attributes.{INPUT}", _NO_CONTENT)
-    given = to_chat(attributes[INPUT], f"attributes.{INPUT}")
-    said = to_chat(attributes.get(OUTPUT, []), f"attributes.{OUTPUT}")
+    if (found := turns_of(attributes)) is None: raise BadRecord(f"attributes.{INPUT}", _NO_CONTENT)
+    name, given, said = found
+    given = to_chat(given, f"attributes.{name}")
+    said = to_chat(said, f"attributes.{_PAIRS.get(name) or name}")
     if len(said) > 1:
-        raise BadRecord(f"attributes.{OUTPUT}", f"holds {len(said)} choices: an episode has one; "
-                                                "the next call shows which was taken")
-    if instructions := _loaded(attributes.get(SYSTEM, []), f"attributes.{SYSTEM}"):
+        raise BadRecord(f"attributes.{_PAIRS.get(name) or name}", f"holds {len(said)} choices: an "
+                        "episode has one; the next call shows which was taken")
+    if instructions := loaded(attributes.get(SYSTEM, []), f"attributes.{SYSTEM}"):
         text = isinstance(instructions, str)
         parts = [{"type": "text", "content": instructions}] if text else instructions
-        system = content_text(_one_message("system", parts, SYSTEM))
+        system = content_text(one_message("system", parts, SYSTEM))
         given = [{"role": "system", "content": system}, *given]
     for message in (*given, *said): _signature(message)  # content that is not text raises here
     return given, said
@@ -260,17 +360,60 @@ def _agent_of(span: dict,
         span = by_id.get(span["parent"])
     return ""
 
-# %% ../../nbs/logs/02_spans.ipynb #47ba3de7
+# %% ../../nbs/logs/02_spans.ipynb #5a1ad2ad
+def _with_events(spans: list[dict]) -> list[dict]:
+    "The spans, each with the events that came as log records."
+    logs = sorted((s for s in spans if s.get("log")), key=lambda s: s["start"])
+    noted = {}
+    for log in logs: noted.setdefault(log["spanId"], []).extend(log["attributes"][_EVENTS])
+    def whole(span):
+        if span["spanId"] not in noted: return span
+        own = {} if span.get("log") else span["attributes"]
+        return {**span, "attributes": {_EVENTS: noted[span["spanId"]], **own}}
+    known = {s["spanId"] for s in spans if not s.get("log")}
+    alone = {log["spanId"]: log for log in logs if log["spanId"] not in known}  # spans not exported
+    return [whole(s) for s in (*(s for s in spans if not s.get("log")), *alone.values())]
+
+# %% ../../nbs/logs/02_spans.ipynb #3797ea28
+def _holds(span: dict) -> bool:
+    "Whether a span has messages, readable or not."
+    try: return turns_of(span["attributes"]) is not None
+    except (BadRecord, AttributeError, TypeError): return True
+
+# %% ../../nbs/logs/02_spans.ipynb #50ffbd33
+def _calls_among(spans: list[dict], by_id: Mapping) -> list[dict]:
+    "The spans to read: those with messages and calls without, save those that another covers."
+    holding = [s for s in spans if _holds(s)]
+    agents = {s["spanId"]: _agent_of(s, by_id) for s in spans}
+    def above(span):  # spans around this one, of the same agent
+        seen, at = {span["spanId"]}, by_id.get(span["parent"])
+        while at and at["spanId"] not in seen:
+            if agents[at["spanId"]] == agents[span["spanId"]]: yield at["spanId"]
+            seen.add(at["spanId"])
+            at = by_id.get(at["parent"])
+    repeated = {id for span in holding for id in above(span)}
+    holders = {s["spanId"] for s in holding}
+    def wanted(span):
+        if span["spanId"] in holders: return span["spanId"] not in repeated
+        call = span["attributes"].get(OPERATION) in CALLS and span["spanId"] not in repeated
+        return call and not holders & set(above(span)) and not any(
+            within(span, holder) for holder in holding)
+    def within(span, other):  # in time, where the tracer did not say what is around what
+        same = agents[span["spanId"]] in ("", agents[other["spanId"]])
+        return same and other["start"] <= span["start"] and span["end"] <= other["end"]
+    return [span for span in spans if wanted(span)]
+
+# %% ../../nbs/logs/02_spans.ipynb #ebe2b9d7
 def conversations(spans: list[dict],  # of one trace or session, as `spans_of` gives them
                   on_bad: Callable[[dict, BadRecord], None]  # called with each bad span
                  ) -> list[Conversation]:
     "The conversations among the spans of a trace, in the order in which they began."
-    spans = sorted(spans, key=lambda s: s["start"])
+    spans = sorted(_with_events(spans), key=lambda s: s["start"])
     by_id, talks = {s["spanId"]: s for s in spans}, []
-    def of(*names): return [s for s in spans if s["attributes"].get(OPERATION) in names]
-    for span in of(*CALLS) or of("invoke_agent"):
+    calls = _calls_among(spans, by_id)
+    for span in calls:
         try: given, said = _call_messages(span["attributes"])
-        except (BadRecord, ValueError) as error:
+        except (BadRecord, ValueError, AttributeError, TypeError) as error:
             bad = isinstance(error, BadRecord)
             on_bad(span, error if bad else BadRecord(f"attributes.{INPUT}", str(error)))
             continue
@@ -279,9 +422,20 @@ def conversations(spans: list[dict],  # of one trace or session, as `spans_of` g
         if talk is None: talks.append(talk := Conversation(agent))
         talk.messages += [*new, *said]
         talk.spans.append(span)
-    tools = [s["attributes"] for s in of("execute_tool") if CALL_RESULT in s["attributes"]]
-    _add_results(talks, {a.get(CALL_ID): _as_text(a[CALL_RESULT]) for a in tools})
+    if not calls and spans:
+        names = sorted({name for span in spans for name in span["attributes"]})
+        on_bad(spans[0], BadRecord("attributes", "no span of the trace holds messages under a name "
+                                   f"that is known; its attributes are {', '.join(names)[:300]}"))
+    _add_results(talks, dict(filter(None, map(_result_of, spans))))
     return talks
+
+# %% ../../nbs/logs/02_spans.ipynb #b1e797c0
+def _result_of(span: dict) -> tuple[str, str] | None:  # id of the call, text
+    "What a tool returned, if the span is one of a tool."
+    attributes = span["attributes"]
+    id = first_of(attributes, CALL_ID, "ai.toolCall.id")
+    result = first_of(attributes, CALL_RESULT, "tool_response", "ai.toolCall.result")
+    return (id, as_text(result)) if isinstance(id, str) and result is not None else None
 
 # %% ../../nbs/logs/02_spans.ipynb #4b9fae40
 def _add_results(talks: list[Conversation], results: Mapping  # id of a call -> text

@@ -21,10 +21,10 @@ ARMS = {"act": ("ours", "generate"), "train": ("ours", "TRL", "TRL, packing")}
 
 
 def episodes(count: int, steps: int):
-    "Expert episodes of ScienceWorld with at most so many steps, the first ones of the file."
+    "Expert episodes of ScienceWorld with at most so many steps, the first ones of the sample."
     from exprag.trajectory import read_jsonl
-    found = [t for t in read_jsonl(HERE / "experience.jsonl.xz")[0] if t.success]
-    return [t for t in found if 8 <= len(t) <= steps][:count]
+    found = [t for t in read_jsonl(HERE / "sample.jsonl")[0] if t.success]
+    return [t for t in found if 5 <= len(t) <= steps][:count]
 
 
 def act(arm: str, model: str, count: int) -> dict:
