@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SHOWN', 'build_parser', 'main']
 
-# %% ../nbs/21_command_line.ipynb #da1bfaa8
+# %% ../nbs/21_command_line.ipynb #9e54b17f
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -160,7 +161,15 @@ def _add_stages(commands) -> None:
             command.add_argument(f"--{option}", **settings)
         command.set_defaults(run=_run_stage, stage=stage)
 
-# %% ../nbs/21_command_line.ipynb #39f11259
+# %% ../nbs/21_command_line.ipynb #283805e4
+def in_options(text: str) -> str:
+    "A message of the library in the words of the command: its options for Python's arguments."
+    def encodings(found): return "--encoding " + ",".join(re.findall(r"[\w-]+", found.group(1)))
+    def limit(found): return f"--limit {max(1, int(found.group(1)) >> 20)}"
+    text = re.sub(r"encodings=\(([^()]*)\)", encodings, text)
+    return re.sub(r"\blimit=(\d+)", limit, text)
+
+# %% ../nbs/21_command_line.ipynb #bc9c0a74
 SHOWN = 20  # refusals printed; the others are counted
 
 class _Refusals:
@@ -169,10 +178,10 @@ class _Refusals:
 
     def __call__(self, refused):  # an `exprag.logs.records.Refused`
         self.count += 1
-        if self.count <= SHOWN: print(f"refused: {refused}", file=sys.stderr)
+        if self.count <= SHOWN: print(f"refused: {in_options(str(refused))}", file=sys.stderr)
         if self.count == SHOWN: print("refused: further ones are only counted", file=sys.stderr)
 
-# %% ../nbs/21_command_line.ipynb #0bc64412
+# %% ../nbs/21_command_line.ipynb #4fd275d6
 def _run_import(given: argparse.Namespace) -> int:  # exit status
     "Read a log into a store."
     from exprag.logs.files import read_log
@@ -183,12 +192,17 @@ def _run_import(given: argparse.Namespace) -> int:  # exit status
     refusals = _Refusals()
     found = read_log(given.file, given.format, refusals, options, given.encoding.split(","),
                      given.limit << 20)
+    if given.author is not None:
+        found = (replace(t, provenance={**t.provenance, "author": given.author}) for t in found)
     with Store(given.store) as store: done = store.add_many(found)
     print(f"{given.store}: {done.added} episodes added, {done.known} known before, "
           f"{refusals.count} records refused")
     if done.added and given.score is None and given.success is None:
         print("Where a record does not say how its episode ended, its outcome is unknown, and a "
               "memory shows successes only: --score or --success names the field that says it")
+    if done.added and given.author is None:
+        print("These episodes have no author: a chat memory reads its own author's unless it is "
+              "told to trust others (--author says whose they are)")
     return int(refusals.count > 0)
 
 # %% ../nbs/21_command_line.ipynb #daaa13f0
@@ -277,7 +291,7 @@ def _add_store_command(commands, name: str, run, about: str, argument: tuple | N
     command.set_defaults(run=run)
     return command
 
-# %% ../nbs/21_command_line.ipynb #782329bd
+# %% ../nbs/21_command_line.ipynb #8bf21cbf
 def _add_log_commands(commands) -> None:
     "The commands that bring logs in and out."
     from exprag.logs.files import NAMES
@@ -289,6 +303,7 @@ def _add_log_commands(commands) -> None:
     )
     for option, about in {"world": "of the tasks (default: the format's name)",
                           "type": "of the tasks (default: from the record's id)",
+                          "author": "whose episodes these are: a memory reads its own by default",
                           "score": "the field that holds the raw score",
                           "success": "the field that says whether it succeeded"}.items():
         bring.add_argument(f"--{option}", metavar="NAME", help=about)
@@ -370,22 +385,24 @@ def build_parser() -> argparse.ArgumentParser:
 EXPECTED = (ValueError, FileNotFoundError, KeyError, RuntimeError, OSError, ImportError)  # what
 # the library raises when input or machine is at fault
 
-# %% ../nbs/21_command_line.ipynb #1e6587c1
+# %% ../nbs/21_command_line.ipynb #969eb128
 def _in_words(error: Exception) -> str:
     "What an error says; one that says a word or nothing is named, with the way to learn more."
     quoted = isinstance(error, KeyError) and error.args  # a KeyError puts quotes round its text
-    text = str(error.args[0] if quoted else error)
+    text = in_options(str(error.args[0] if quoted else error))
     if " " in text: return text
     return (
         f"{type(error).__name__}: {text or 'nothing was said'} (--traceback shows where it came "
         "from)"
     )
 
-# %% ../nbs/21_command_line.ipynb #ccc98bf4
+# %% ../nbs/21_command_line.ipynb #e995e0cd
 def main(arguments: Sequence[str] | None = None  # None: the process's own
         ) -> int:  # exit status
     "The `exprag` command."
     given = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # half a character in an episode stops no command
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try: return given.run(given) or 0
     except KeyboardInterrupt:
         print("exprag: interrupted; run the same command again and it goes on from here",

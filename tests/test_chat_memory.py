@@ -165,7 +165,7 @@ def test_what_cannot_be_an_episode_says_why():
     for messages, match in (
         ([], "no user turn"),
         ([system("x"), agent("y")], "no user turn"),
-        ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "not text"),
+        ([user(7)], "expected text"),
         (
             [user("x"), agent(None, tool_calls=[call("1", "f")]), answer("9", "?")],
             "no call has as its id",
