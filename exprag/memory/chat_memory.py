@@ -261,10 +261,11 @@ class Receipt:
     block: str | None = field(default=None, repr=False)  # None: an episode in it was erased
     begun: str = field(default="", repr=False)  # a hash of those steps
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #b5eddb50
+# %% ../../nbs/memory/14_chat_memory.ipynb #47633f1f
 class Augmented(list):
     "Messages with experience in them."
     receipt: Receipt | None = None  # None: the store is in a read-only place
+    block: str = ""  # the text of the memory
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #63e1869a
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ class ChatMemoryOptions:
 
     def __post_init__(self): known(self.place, ("system", "last"), "place")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #f959267a
+# %% ../../nbs/memory/14_chat_memory.ipynb #eb41c50d
 class ChatMemory:
     "A memory for agents that speak in chat messages; safe for threads and processes."
     def __init__(self, store: Store,
@@ -341,7 +342,7 @@ class ChatMemory:
                 or self.options.when(now, replace(now, steps=now.steps[:receipt.steps]))):
             receipt = self._note(now, self._recall(now), conversation, receipt)
         made = Augmented(insert(without_memory(messages), receipt.block, self.options.place))
-        made.receipt = receipt if receipt.id else None
+        made.receipt, made.block = receipt if receipt.id else None, receipt.block
         return made
 
     def record(self, messages: Sequence[Mapping],  # a finished conversation
