@@ -194,6 +194,12 @@ def digest(value,  # thawed JSON
     "The beginning of the SHA-256 of a value's canonical JSON."
     return hashlib.sha256(canonical_json(value)).hexdigest()[:length]
 
+# %% ../nbs/00_trajectory.ipynb #aa14c7e6
+def whole_text(value):  # any value; what is not text is returned as it is
+    "Text with U+FFFD for every lone surrogate (half a character), which UTF-8 cannot hold."
+    if not isinstance(value, str) or value.isascii(): return value
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
 # %% ../nbs/00_trajectory.ipynb #41ce7f58
 @dataclass(frozen=True)
 class Trajectory:
@@ -415,12 +421,6 @@ def known(value,  # what was asked for
     near = difflib.get_close_matches(str(value), valid, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
     raise ValueError(f"unknown {what} {value!r}{hint} The {len(valid)} known: {', '.join(valid)}")
-
-# %% ../nbs/00_trajectory.ipynb #aa14c7e6
-def whole_text(value):  # any value; what is not text is returned as it is
-    "Text with U+FFFD for every lone surrogate (half a character), which UTF-8 cannot hold."
-    if not isinstance(value, str) or value.isascii(): return value
-    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # %% ../nbs/00_trajectory.ipynb #7ef4e130
 @dataclass(frozen=True)

@@ -535,3 +535,31 @@ def test_namespaces_hold_while_many_threads_ask_one_retriever(store):
     for t in threads: t.start()
     for t in threads: t.join()
     assert not wrong
+
+
+def test_a_retriever_takes_in_what_is_new_and_answers_as_one_made_anew(store):
+    encoded = []
+    class Counting(Letters):
+        def encode(self, texts, role="document"):
+            encoded.extend(texts)
+            return super().encode(texts, role)
+    def episode(n): return Trajectory(Task("w", "t", str(n), "train"), f"goal {'abc'[n % 3] * n}", "")
+    some = [episode(n) for n in range(12)]
+    store.add_many(some[:6])
+    retriever, asked = Retriever(store, Counting()), episode(20)
+    index = (retriever.search(asked), retriever.fresh())[1]
+    encoded.clear()
+    for t in some[6:]:
+        store.add(t)
+        for n in (1, 3, 30): assert retriever.search(asked, n) == Retriever(store, Letters()).search(asked, n)
+    assert retriever.fresh() is index and encoded == [t.goal for t in some[6:]], "each once"
+    encoded.clear()
+    store.add(episode(13))
+    retriever.search(asked)
+    assert encoded == [episode(13).goal], "only what is new is encoded"
+    store.delete(some[3].id)
+    assert retriever.search(asked, 30) == Retriever(store, Letters()).search(asked, 30)
+    assert len(retriever) == 12 and retriever.fresh() is not index
+    narrow = Retriever(store, Letters()).index([some[0].id, some[1].id])
+    store.add(episode(14))
+    assert {h.id for h in narrow.search(asked, 30)} == {some[0].id, some[1].id}
