@@ -181,29 +181,47 @@ class _Refusals:
         if self.count <= SHOWN: print(f"refused: {in_options(str(refused))}", file=sys.stderr)
         if self.count == SHOWN: print("refused: further ones are only counted", file=sys.stderr)
 
-# %% ../nbs/21_command_line.ipynb #4fd275d6
+# %% ../nbs/21_command_line.ipynb #97068872
 def _run_import(given: argparse.Namespace) -> int:  # exit status
     "Read a log into a store."
-    from exprag.logs.files import read_log
+    from exprag.logs.files import import_log
     from exprag.logs.formats import Options
     from exprag.store import Store
-    options = Options(given.world, given.type, given.fold, score=given.score, success=given.success,
-                      preamble=given.preamble)
+    names = ("world", "type", "fold", "task", "score", "success", "preamble", "goal", "author")
+    options = Options(**{name: getattr(given, name) for name in names})
     refusals = _Refusals()
-    found = read_log(given.file, given.format, refusals, options, given.encoding.split(","),
-                     given.limit << 20)
-    if given.author is not None:
-        found = (replace(t, provenance={**t.provenance, "author": given.author}) for t in found)
-    with Store(given.store) as store: done = store.add_many(found)
+    with Store(given.store) as store:
+        done = import_log(store, given.file, given.format, refusals, options,
+                          given.encoding.split(","), given.limit << 20)
     print(f"{given.store}: {done.added} episodes added, {done.known} known before, "
           f"{refusals.count} records refused")
-    if done.added and given.score is None and given.success is None:
-        print("Where a record does not say how its episode ended, its outcome is unknown, and a "
-              "memory shows successes only: --score or --success names the field that says it")
+    for line in _to_act_on(done, given): print(line)
+    if done.added + done.known: return int(refusals.count > 0)
+    why = "every record was refused" if refusals.count else "it holds no record at all"
+    raise ValueError(f"{given.file}: nothing was brought in: {why}")
+
+# %% ../nbs/21_command_line.ipynb #cbc07f54
+def _to_act_on(done,  # an `exprag.logs.files.Imported`
+               given: argparse.Namespace) -> list[str]:  # lines
+    "What a person may want to know about an import."
+    said, lines, count = {"score": done.scored, "success": done.judged}, [], done.added + done.known
+    for name, found in said.items():
+        if getattr(given, name) and count and not found:
+            lines.append(f"No record says {getattr(given, name)!r}: is this the name of the field? "
+                         "A dot leads into a field, as in info.reward")
+    if done.added and not any(said.values()):
+        lines.append("Where a record does not say how its episode ended, its outcome is unknown, "
+                     "and a memory shows successes only: --score or --success names the field "
+                     "that says it")
     if done.added and given.author is None:
-        print("These episodes have no author: a chat memory reads its own author's unless it is "
-              "told to trust others (--author says whose they are)")
-    return int(refusals.count > 0)
+        lines.append("These episodes have no author: a chat memory reads its own author's unless "
+                     "it is told to trust others (--author says whose they are)")
+    goal, shared = done.common
+    if shared > 2 and 2 * shared > count:
+        lines.append(f"{shared} of {count} episodes have the same goal, '{one_line(goal, 60)}': a "
+                     "search by goal cannot tell them apart. --goal whole, or --goal with a "
+                     "pattern such as '<issue>(.*)</issue>', takes another part of the first turn")
+    return lines
 
 # %% ../nbs/21_command_line.ipynb #daaa13f0
 def _run_export(given: argparse.Namespace) -> None:
@@ -249,9 +267,10 @@ def one_line(text: str, width: int) -> str:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
     return line if len(line) <= width else line[:width - 3] + "..."
 
-# %% ../nbs/21_command_line.ipynb #b4b1bcaf
+# %% ../nbs/21_command_line.ipynb #9e95d7f9
 def _run_show(given: argparse.Namespace) -> None:
     "Print an episode."
+    from exprag.logs.messages import call_text
     from exprag.store import Store
     with Store(given.store, create=False) as store:
         ids = [id for id in store.find() if id.startswith(given.id)]
@@ -269,9 +288,9 @@ def _run_show(given: argparse.Namespace) -> None:
           f"Goal: {line(found.goal)}", f"Start: {line(found.first_observation)}", sep="\n")
     for number, step in enumerate(found.steps, 1):
         if step.thought: print(f"{number:>3}   ({line(step.thought)})")
-        functions = [call.get("function", {}) for call in step.tool_calls]
-        calls = [f"{f.get('name')}({f.get('arguments')})" for f in functions]
-        print(f"{number:>3} > {line(' '.join([step.action, *calls]).strip())}",
+        calls = call_text(step.tool_calls)
+        said = [text for text in (step.action, calls * (calls != step.action)) if text]
+        print(f"{number:>3} > {line(' '.join(said))}",
               f"      {line(step.observation)}", sep="\n")
 
 # %% ../nbs/21_command_line.ipynb #23d2bae8
@@ -291,22 +310,31 @@ def _add_store_command(commands, name: str, run, about: str, argument: tuple | N
     command.set_defaults(run=run)
     return command
 
-# %% ../nbs/21_command_line.ipynb #8bf21cbf
+# %% ../nbs/21_command_line.ipynb #4f07896f
+_IMPORT_NAMES = {
+    "world": "of the tasks (default: chat, as for a memory of chat messages)",
+    "type": "of the tasks (default: chat, or what the id of a training set's record says)",
+    "task": "the field that names the task (default: the goal names it)",
+    "score": "the field that holds the raw score; a dot leads into a field",
+    "success": "the field that says whether it succeeded",
+    "author": "who acted; a memory shows what its author, or one it trusts, has done"}
+
+# %% ../nbs/21_command_line.ipynb #235c0a65
 def _add_log_commands(commands) -> None:
     "The commands that bring logs in and out."
     from exprag.logs.files import NAMES
     bring = _add_store_command(
         commands, "import", _run_import, "read a log of another program into a store",
-        ("file", Path, "a file, or a folder of them; .gz, .xz and .bz2 are unpacked"))
+        ("file", str, "a file, a folder of them, a pipe, or - for standard input; .gz, .xz and "
+                      ".bz2 are unpacked"))
     bring.add_argument(
         "--format", choices=NAMES, help="of the log (default: the first record decides)"
     )
-    for option, about in {"world": "of the tasks (default: the format's name)",
-                          "type": "of the tasks (default: from the record's id)",
-                          "author": "whose episodes these are: a memory reads its own by default",
-                          "score": "the field that holds the raw score",
-                          "success": "the field that says whether it succeeded"}.items():
+    for option, about in _IMPORT_NAMES.items():
         bring.add_argument(f"--{option}", metavar="NAME", help=about)
+    bring.add_argument("--goal", metavar="HOW",
+                       help="what of the first turn is the goal: whole, first (paragraph), or a "
+                            "pattern (default: whole; first where a room follows)")
     bring.add_argument("--fold", default="train", help="of the tasks (default: %(default)s)")
     bring.add_argument("--preamble", type=int, metavar="TURNS",
                        help="turns before the goal (default: looked for)")

@@ -11,6 +11,7 @@ from log_records import chat, dump, gpt, otlp, read
 from trajectory_strategies import calm, example, trajectories
 
 from exprag.logs.files import NAMES, detect, read_log, write_log
+from exprag.logs.formats import Options
 from exprag.logs.records import records, write_records
 from exprag.trajectory import Step, TrajectoryError
 
@@ -59,10 +60,10 @@ def test_an_episode_that_messages_cannot_say_comes_back(tmp_path, name):
 def test_two_sessions_interleaved(tmp_path):
     lines = [{"conversation_id": who, "role": role, "content": f"{who} {n}", "at": n} for n, role in enumerate(["user", "assistant", "user"]) for who in ("p", "q")]
     path = dump(tmp_path / "log.jsonl", *lines, {"role": "user", "content": "lost"}, {"conversation_id": "p", "content": "no role"})
-    found, problems = read(path)
+    found, problems = read(path, options=Options(task="conversation_id"))
     assert [(t.task.variation, t.goal, t.actions, t.steps[0].observation) for t in found] == [("p", "p 0", ("p 1",), "p 2"), ("q", "q 0", ("q 1",), "q 2")]
     assert [p[:3] for p in problems] == [("line", 7, "session_id"), ("line", 8, "role")]
-    write_log(found, tmp_path / "again.jsonl", "turns")
+    write_log(found, tmp_path / "again.jsonl", "turns", keep=False)
     again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, lines))
 
@@ -74,10 +75,10 @@ def test_two_sessions_interleaved(tmp_path):
 def test_detection(record, name): assert detect(record) == name
 
 
-@pytest.mark.parametrize("record", [{}, [], {"prompt": "x"}, {"conversations": []}, chat("a") | gpt("a"), {"role": "user", "content": "x"}, 3, None])
+@pytest.mark.parametrize("record", [{}, [], {"prompt": "x"}, {"conversations": []}, chat("a") | gpt("a"), {"role": "user"}, 3, None, [[1]]])
 def test_unsure_is_refused_with_the_way_out(tmp_path, record):
     with pytest.raises(TrajectoryError, match="say which it is: format="): detect(record)
-    with pytest.raises(TrajectoryError, match="log.jsonl: the first record"): list(read_log(dump(tmp_path / "log.jsonl", record, record)))
+    with pytest.raises(TrajectoryError, match="log.jsonl, line 1: the record "): list(read_log(dump(tmp_path / "log.jsonl", record, record)))
 
 
 def test_messages_under_another_name_come_back(tmp_path):

@@ -8,6 +8,7 @@ from log_records import chat, gpt
 from trajectory_strategies import calm, call, example, plain_steps, tasks, text, trajectories, value
 
 from exprag.logs.files import NAMES
+from exprag.logs.messages import chat_task
 from exprag.logs.formats import FORMATS, KEPT, Options, read_record, write_record
 from exprag.logs.records import BadRecord, to_line
 from exprag.trajectory import Step, Task, Trajectory
@@ -101,16 +102,18 @@ def test_eto():
     read = read_record(record, FORMATS["sharegpt"])
     assert (read.goal, read.first_observation) == ("Your task is to: cool a mug.", "You are in the kitchen.")
     assert [(s.thought, s.action, s.observation) for s in read.steps] == [("I need a mug.", "go to shelf 1", "On the shelf...")]
-    assert read.task == Task("sharegpt", "log", "7", "train") and read.extra["log"]["fields"]["game_file"] == "x/y.tw-pddl"
+    assert read.task == chat_task(read.goal) and read.extra["log"]["fields"]["game_file"] == "x/y.tw-pddl"
 
 
 TRAIN = ("Book a train to Paris", "Sure, which day?", "Monday", "book(monday)")
 
 AGREED = ("You play.", "Understood.", "Boil water.", "go")
 
+ACTED = (*AGREED[:3], "Thought: hot.\nAction: go")
+
 
 @pytest.mark.parametrize("name, turns, goal", [
-    ("sharegpt", TRAIN, TRAIN[0]), ("openai", TRAIN, TRAIN[0]), ("sharegpt", AGREED, AGREED[2]), ("agentgym", AGREED, AGREED[2]), ("openai", AGREED, AGREED[0]), ("turns", AGREED, AGREED[0])])
+    ("sharegpt", TRAIN, TRAIN[0]), ("openai", TRAIN, TRAIN[0]), ("sharegpt", AGREED, AGREED[0]), ("sharegpt", ACTED, AGREED[2]), ("openai", ACTED, AGREED[2]), ("agentgym", AGREED, AGREED[2]), ("openai", AGREED, AGREED[0]), ("turns", AGREED, AGREED[0])])
 def test_only_training_sets_open_with_a_preamble_and_it_asks_nothing(name, turns, goal):
     record = (gpt if FORMATS[name].marks else chat)(*turns)
     assert read_record(record, FORMATS[name]).goal == goal
@@ -169,10 +172,10 @@ def test_tool_calls_and_results_in_any_order():
     (chat("a") | {"messages": [{"content": "x"}]}, "openai", "messages[0].role"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}]}, "openai", "messages[1].role"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "openai", "messages[0].role"),
-    ({"messages": [*chat("a", "b", "c")["messages"], {"role": "system", "content": "x"}]}, "openai", "messages[3].role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "openai", "messages[0].content"),
+    ({"messages": chat("a")["messages"]}, "openai", "messages"), ({"messages": []}, "openai", "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "openai", "messages[0].content"), (chat("", "b"), "openai", "messages"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]}, "openai", "messages[1]"),
-    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "openai", "messages[1].function_call"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "function_call": {"nam": "f"}}]}, "openai", "messages[1].function_call.function"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": "f"}]}, "openai", "messages[1].tool_calls"),
     ({"messages": "x"}, "openai", "messages"), ({"messages": ["x"]}, "openai", "messages[0]"), ([], "openai", ""), (3, "sharegpt", ""),
     ({"conversations": [{"value": "x"}]}, "sharegpt", "conversations[0].from"), ({"conversations": [{"from": "human"}]}, "sharegpt", "conversations[0].value"),
@@ -187,11 +190,11 @@ def test_scores_come_from_named_fields():
     record = chat("Goal", "act", "seen", reward=0.5, won=True)
     read = read_record(record, FORMATS["openai"], Options(score="reward", success="won"))
     assert (read.score, read.success) == (0.5, True) and write_record(read, FORMATS["openai"], keep=False) == record
-    for bad in ({"reward": "high", "won": True}, {"reward": True, "won": True}, {"reward": 1, "won": 1}, {"won": True}):
+    for bad in ({"reward": "high", "won": True}, {"reward": 1e400, "won": True}, {"reward": 10 ** 400, "won": 1}, {"won": 2}, {"won": "yes"}, {"reward": [], "won": 1}):
         with pytest.raises(BadRecord) as caught: read_record({**chat("Goal", "act"), **bad}, FORMATS["openai"], Options(score="reward", success="won"))
         assert caught.value.field in ("reward", "won")
 
 
 def test_the_task_may_be_given_by_a_function():
     options = Options(task=lambda record: Task("alfworld", "pick", record["game_file"].split("/")[0], "test"))
-    assert read_record(chat("Goal", game_file="g7/game.tw-pddl"), FORMATS["openai"], options).task == Task("alfworld", "pick", "g7", "test")
+    assert read_record(chat("Goal", "act", game_file="g7/game.tw-pddl"), FORMATS["openai"], options).task == Task("alfworld", "pick", "g7", "test")

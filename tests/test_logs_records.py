@@ -13,7 +13,8 @@ from log_records import chat, dump, gpt, read
 from trajectory_strategies import calm, value
 
 from exprag.logs.files import read_log
-from exprag.logs.records import difference, is_lines, patched, records, split_lines, split_values
+from exprag.logs.formats import difference, patched
+from exprag.logs.records import is_lines, records, split_lines, split_values
 from exprag.trajectory import TrajectoryError
 
 

@@ -9,6 +9,7 @@ from trajectory_strategies import calm, trajectories
 
 from exprag.logs.files import read_log, span_record, traced_episode
 from exprag.logs.formats import Options
+from exprag.logs.messages import chat_task
 from exprag.logs.spans import conversations, spans_of, to_any
 from exprag.trajectory import TrajectoryError
 
@@ -30,7 +31,7 @@ def test_two_agents_interleaved_in_spans(tmp_path, traces, as_text):
     assert not problems and sorted(t.goal for t in found) == ["ann's goal", "bob's goal"]
     for t in found:
         assert len(t) == 2 and t.steps[0].observation == "a door" and json.loads(t.steps[0].tool_calls[0]["function"]["arguments"])["at"] in t.goal
-        assert t.provenance["model"] == "m" and t.task.world == "otel" and len(t.extra["spans"]) == 2
+        assert t.provenance["model"] == "m" and t.task.world == "chat" and len(t.extra["spans"]) == 2
 
 
 def test_a_session_over_several_traces(tmp_path):
@@ -39,7 +40,7 @@ def test_a_session_over_several_traces(tmp_path):
         s["traceId"] = trace * 32
         if s["name"] == "chat": s["attributes"].append({"key": "gen_ai.conversation.id", "value": to_any("chat 7")})
     [one], problems = read(dump(tmp_path / "s.jsonl", *map(otlp, spans)))
-    assert len(one) == 2 and one.task.variation == "chat 7" and not problems
+    assert len(one) == 2 and one.task == chat_task(one.goal) and not problems
 
 
 def test_a_tool_result_that_no_call_was_given(tmp_path):
@@ -68,7 +69,7 @@ ASKS = [part("user", type="text", content="x"), part("assistant", type="tool_cal
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"gen_ai__input__messages": [*ASKS, part("tool", type="tool_call_response", id="9", response="y")]}, "no call has as its id"),
+    ({"gen_ai__input__messages": [*ASKS, part("tool", type="tool_call_response", id="9", response="y")]}, "which nobody made"),
     ({"gen_ai__input__messages": [{"role": "assistant", "content": "x", "tool_calls": ["f"]}]}, "trace cccc"),
     ({"gen_ai__input__messages": ASKS[:1], "seconds": float("nan")}, "no such number"),
     ({"gen_ai__input__messages": ASKS[:1], "exprag__kept": 3}, "was it edited")])

@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Format', 'Options', 'read_record', 'write_record']
 
-# %% ../../nbs/logs/03_formats.ipynb #b319c1d8
+# %% ../../nbs/logs/03_formats.ipynb #259685c0
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from .records import BadRecord, difference, patched
+from exprag.logs.messages import (
+    CHAT, agreed, chat_task, goal_split, read_conversation, storable,
+    write_conversation)
+from .records import BadRecord
 from ..trajectory import FrozenMap, Task, Trajectory, TrajectoryError, digest, thaw
-from ..views import content_text, from_messages, to_messages
+from ..views import content_text
 
 # %% ../../nbs/logs/03_formats.ipynb #6c764d53
 @dataclass(frozen=True)
@@ -32,12 +35,26 @@ FORMATS = {f.name: f for f in (
     Format("agentinstruct", "conversations", "id", ("THOUGHT: ", "\nACTION: "), loss=True),
     Format("openai", "messages", "id"), Format("turns", "messages", "session_id"))}
 
-# %% ../../nbs/logs/03_formats.ipynb #2ec10345
-def _turns_of(record, name: str) -> list:
+# %% ../../nbs/logs/03_formats.ipynb #0ed2579d
+def listed(value, name: str  # of the field, for errors
+          ):  # a list of turns, if the value is one in some form
+    "Turns that may be written as JSON text, or as one list a field."
+    if isinstance(value, str):
+        try: value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRecord(name, f"is text that is not JSON, {value[:40]!r}: expected a list of "
+                                  "turns") from None
+    columns = isinstance(value, Mapping) and list(value.values())
+    if columns and all(isinstance(column, (list, tuple)) for column in columns):
+        if len(set(map(len, columns))) > 1:
+            raise BadRecord(name, "holds lists of different lengths: expected one item a turn")
+        return [dict(zip(value, row)) for row in zip(*columns)]
+    return list(value) if isinstance(value, tuple) else value
+
+# %% ../../nbs/logs/03_formats.ipynb #c2b93aab
+def _turns_of(record: Mapping, name: str) -> list:
     "The list of objects in a field."
-    if not isinstance(record, Mapping):
-        raise BadRecord("", f"is a {type(record).__name__}: expected an object with {name!r}")
-    turns = record.get(name)
+    turns = listed(record.get(name), name)
     if not isinstance(turns, list):
         kind = "missing" if turns is None else type(turns).__name__
         fields = ", ".join(sorted(map(str, record)))[:200] or "nothing"
@@ -47,22 +64,44 @@ def _turns_of(record, name: str) -> list:
             raise BadRecord(f"{name}[{i}]", f"is a {type(turn).__name__}: expected an object")
     return turns
 
-# %% ../../nbs/logs/03_formats.ipynb #f3b67069
-_ROLES = FrozenMap({"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                    "system": "system", "function_call": "assistant", "observation": "tool"})
-_FLAGS = re.DOTALL | re.IGNORECASE
-_ACT = r"\s*(?:action|act)\s*:\s*(.*?)\s*"
-_ACTION = re.compile(_ACT, _FLAGS)
-_THOUGHT = re.compile(r"\s*(?:thought|think)\s*:\s*(.*?)\s*\n" + _ACT, _FLAGS)
+# %% ../../nbs/logs/03_formats.ipynb #0f656e4b
+ANSWERS = ("chosen", "completion")  # fields that hold the last turns
 
-def _split_thought(text: str) -> tuple[str, str | None]:  # action, thought
-    "Thought and action of a turn that holds both, however they are marked."
-    if found := _THOUGHT.fullmatch(text): return found.group(2), found.group(1)
-    return (found.group(1), None) if (found := _ACTION.fullmatch(text)) else (text, None)
+def _answer_of(record: Mapping, asked: list, fmt: Format) -> list:
+    "The turns of a preference pair or a completion, with those before them."
+    name = next((k for k in ANSWERS if record.get(k)), None)
+    ends = asked and (asked[-1].get("from") or asked[-1].get("role")) in ("gpt", "assistant")
+    if name is None or ends: return asked
+    given = record[name]
+    if isinstance(given, str):
+        if not asked: raise BadRecord(name, "is text, and there is no prompt that it answers")
+        keys = ("from", "value", "gpt") if fmt.marks else ("role", "content", "assistant")
+        given = [{keys[0]: keys[2], keys[1]: given}]
+    turns = _turns_of({name: [given] if isinstance(given, Mapping) else given}, name)
+    return turns if turns[:len(asked)] == asked else [*asked, *turns]
 
-# %% ../../nbs/logs/03_formats.ipynb #282cace2
+# %% ../../nbs/logs/03_formats.ipynb #a725812a
+def _all_turns(record: Mapping, fmt: Format) -> tuple[str, list]:  # the field they stand in, turns
+    "The turns of a record, wherever they stand."
+    places = (fmt.turns, *(() if fmt.marks else ("conversations",)), "prompt")
+    name = next((k for k in places if record.get(k) is not None), fmt.turns)
+    prompt = record.get("prompt")
+    if name == "prompt" and isinstance(prompt, str) and not fmt.marks:
+        asked = [{"role": "user", "content": prompt}]
+    elif name not in record and any(record.get(k) for k in ANSWERS): asked = []
+    else: asked = _turns_of(record, name)
+    return name, _answer_of(record, asked, fmt)
+
+# %% ../../nbs/logs/03_formats.ipynb #12a4408c
+_ROLES = FrozenMap({
+    "human": "user", "user": "user", "system": "system",
+    **dict.fromkeys(("gpt", "assistant", "model", "ai", "chatgpt"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "observation")})
+
+# %% ../../nbs/logs/03_formats.ipynb #4bce6c1a
 def _function_calls(text: str,  # JSON: one call or a list of them
-                    where: str) -> list[dict]:  # tool calls as OpenAI writes them, without ids
+                    where: str) -> list[dict]:
     "The calls in a `function_call` turn."
     try: calls = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -71,179 +110,171 @@ def _function_calls(text: str,  # JSON: one call or a list of them
     calls = calls if isinstance(calls, list) else [calls]
     named = (isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls)
     if not calls or not all(named): raise BadRecord(where, "holds a call without a name")
-    def arguments(call):
-        value = call.get("arguments")
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return [{"type": "function", "function": {"name": c["name"], "arguments": arguments(c)}}
-            for c in calls]
+    return calls
 
-# %% ../../nbs/logs/03_formats.ipynb #5f9f764a
-def _read_sharegpt(record: Mapping, name: str) -> list[dict]:  # chat messages, some with `loss`
+# %% ../../nbs/logs/03_formats.ipynb #5cc09d08
+def _sharegpt_messages(turns: list[Mapping],
+                       name: str,  # of the list, for errors
+                       system  # the record's own field, if it is text
+                      ) -> list[dict]:  # chat messages, some with `loss`
     "The turns of a ShareGPT record, as chat messages."
-    system = record.get("system") if isinstance(record, Mapping) else None
-    messages = [{"role": "system", "content": system}] if isinstance(system, str) else []
-    for i, turn in enumerate(_turns_of(record, name)):
+    messages = []
+    for i, turn in enumerate(turns):
         who, text, where = turn.get("from"), turn.get("value"), f"{name}[{i}]"
-        if who not in _ROLES:
+        if not isinstance(who, str) or who not in _ROLES:
             known = "is missing" if who is None else f"is {who!r}; known: {', '.join(_ROLES)}"
             raise BadRecord(f"{where}.from", known)
         if not isinstance(text, str):
             kind = "missing" if text is None else type(text).__name__
             raise BadRecord(f"{where}.value", f"is {kind}: expected text")
         message = {"role": _ROLES[who], "content": text}
-        if "loss" in turn: message["loss"] = turn["loss"]
-        if who in ("gpt", "assistant"):
-            own = turn.get("reasoning_content")
-            action, thought = (text, own) if isinstance(own, str) else _split_thought(text)
-            message["content"] = action
-            if thought is not None: message["reasoning_content"] = thought
-        elif who == "function_call":
+        message |= {k: turn[k] for k in ("loss", "reasoning_content", "reasoning") if k in turn}
+        if who in ("function_call", "tool_call"):
             message |= {"content": "", "tool_calls": _function_calls(text, f"{where}.value")}
-        elif who == "observation":
-            calls = messages[-1].get("tool_calls", ()) if messages else ()
-            message["role"] = "tool" if len(calls) == 1 else "user"
         messages.append(message)
-    return messages
+    above = [{"role": "system", "content": system}] if isinstance(system, str) else []
+    return messages + above  # last, so that errors count the turns as the record does
 
-# %% ../../nbs/logs/03_formats.ipynb #b7b2dc49
-def _role_of(message: Mapping, where: str,
-             last: str | None  # role of the message before; None: there is none
-            ) -> str:
-    "The role of a message, if it can stand at this place."
-    role = "system" if message.get("role") == "developer" else message.get("role")
-    if role not in ("system", "user", "assistant", "tool"):
-        wrong = f"is {role!r}; expected system, user, assistant or tool"
-        raise BadRecord(f"{where}.role", "is missing" if role is None else wrong)
-    try: content_text(message)
-    except TrajectoryError as error: raise BadRecord(f"{where}.content", str(error)) from None
-    if role == "system" and last not in (None, "system"):
-        raise BadRecord(f"{where}.role", "is 'system' in the middle of a conversation; an episode "
-                                         "has its instructions at the beginning")
-    if role == "assistant" and last in (None, "system"):
-        raise BadRecord(f"{where}.role", "is 'assistant' before any user turn; expected the user "
-                                         "turn with the goal")
-    return role
+# %% ../../nbs/logs/03_formats.ipynb #e03f0436
+def value_at(record, path: str  # such as 'reward_info.reward'; a number counts in a list
+            ):  # None: there is nothing
+    "The value of a field, by its name or by names with dots between."
+    if isinstance(record, Mapping) and path in record: return record[path]
+    name, _, rest = path.partition(".")
+    if isinstance(record, (list, tuple)) and name.isdecimal():
+        found = record[int(name)] if int(name) < len(record) else None
+    else: found = record.get(name) if isinstance(record, Mapping) else None
+    return value_at(found, rest) if rest else found
 
-# %% ../../nbs/logs/03_formats.ipynb #6a4be1f2
-def _calls_of(message: Mapping, where: str) -> list[Mapping]:
-    "The tool calls of a message, checked."
-    if message.get("function_call"):
-        raise BadRecord(f"{where}.function_call", "is the form of before 2023; write it as "
-                                                  "tool_calls")
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls):
-        raise BadRecord(f"{where}.tool_calls", "expected a list of objects")
-    return calls
+# %% ../../nbs/logs/03_formats.ipynb #2e9ae7eb
+def _number(value, name: str) -> float | None:  # None: not known
+    "A score in the form of a log."
+    try: found = None if value is None or value == "" else float(value)
+    except (TypeError, ValueError, OverflowError): found = float("inf")
+    if found is None or found != found: return None  # NaN
+    if found in (float("inf"), -float("inf")):
+        raise BadRecord(name, f"is {str(value)[:40]!r}: expected a finite number")
+    return found
 
-# %% ../../nbs/logs/03_formats.ipynb #a5f752e7
-def _tidy(messages: list[Mapping],
-          name: str  # of the list, for errors
-         ) -> list[dict]:  # system turns, then user and assistant in turn, tool turns after calls
-    "A conversation in the order of an episode."
-    out, open_calls = [], []  # ids of calls without a result
-    for i, message in enumerate(map(dict, messages)):
-        where, last = f"{name}[{i}]", out[-1]["role"] if out else None
-        role = message["role"] = _role_of(message, where, last)
-        if role == "assistant":
-            if last == "assistant": out.append({"role": "user", "content": ""})
-            calls = [{**c, "id": c.get("id") or f"call_{i}_{k}"}
-                     for k, c in enumerate(_calls_of(message, where))]
-            message.pop("tool_calls", None)
-            if calls: message["tool_calls"] = calls
-            open_calls = [c["id"] for c in calls]
-        elif role == "tool":
-            if not open_calls:
-                raise BadRecord(where, "is the result of a tool call, and no call is open")
-            message["tool_call_id"] = message.get("tool_call_id") or open_calls[0]
-            open_calls = [c for c in open_calls if c != message["tool_call_id"]]
-        elif role == last:
-            out[-1]["content"] = content_text(out[-1]) + "\n\n" + content_text(message)
-            continue
-        out.append(message)
-    return out
+# %% ../../nbs/logs/03_formats.ipynb #fbdb7504
+def _truth(value, name: str) -> bool | None:  # None: not known
+    "An outcome in the form of a log."
+    if isinstance(value, str): value = {"true": True, "false": False}.get(value.lower(), value)
+    try: number = _number(value, name)
+    except BadRecord: number = 2.0
+    if number not in (None, 0.0, 1.0):
+        raise BadRecord(name, f"is {str(value)[:40]!r}: expected true or false")
+    return None if number is None else bool(number)
 
-# %% ../../nbs/logs/03_formats.ipynb #6a531c5f
-_AGREED = re.compile(r"\s*(?:ok|okay|sure|understood|got it|i understand)\b"
-                     r"(?!.*(?:\?|\baction\s*:))", _FLAGS)  # asks nothing, names no action
-
-def _preamble_of(messages: list[Mapping],  # tidy, without system turns
-                 fmt: Format) -> int:  # turns before the goal
-    "How many turns stand before the task."
-    marks = [m.get("loss") for m in messages if m["role"] == "assistant"]
-    if False in marks and True in marks:
-        first = marks.index(True)
-        skip = first if all(mark is False for mark in marks[:first]) else 0
-    else:
-        skip = int(fmt.marks is not None and len(messages) > 2
-                   and _AGREED.match(content_text(messages[1])) is not None
-                   and not messages[1].get("tool_calls"))
-    roles = [m["role"] for m in messages]
-    alternate = roles[:2 * skip] == ["user", "assistant"] * skip
-    return 2 * skip if len(messages) > 2 * skip and alternate else 0
-
-# %% ../../nbs/logs/03_formats.ipynb #6090f862
+# %% ../../nbs/logs/03_formats.ipynb #6404f81d
 @dataclass(frozen=True)
 class Options:
     "How records of other programs are understood."
-    world: str | None = None  # of the tasks; None: the name of the format
-    type: str | None = None  # of the tasks; None: what comes before the number in the record's id
+    world: str | None = None  # of the tasks; None: 'chat', or the name of a training set's format
+    type: str | None = None  # of the tasks; None: 'chat', or what the record's id says
     fold: str = "train"  # of the tasks
-    task: Callable[[dict], Task] | None = None  # or: the task of a record, by a function
-    score: str | None = None  # the record's field that holds the raw score
-    success: str | None = None  # the record's field that says whether the episode succeeded
+    task: str | Callable[[dict], Task] | None = None  # the field that names the task; or a function
+    score: str | None = None  # the field that holds the raw score; a dot leads into a field
+    success: str | None = None  # the field that says whether the episode succeeded
     preamble: int | None = None  # turns between system text and goal; None: detected
+    goal: str | None = None  # 'whole', 'first', or a pattern: see `goal_split`
+    author: str | None = None  # who acted; goes into the provenance
 
-    def task_of(self, record: Mapping, fmt: Format) -> Task:
-        "The task of a record."
-        if self.task: return self.task(record)
-        id = record.get(fmt.id)
+    def __post_init__(self):
+        if self.preamble is not None and self.preamble < 0:
+            raise ValueError(f"preamble {self.preamble}: expected 0 turns or more")
+        if self.goal is not None: goal_split(self.goal)
+        Task(self.world or CHAT, self.type or CHAT, "1", self.fold)  # says which part is wrong
+
+    def task_of(self, record: Mapping, fmt: Format) -> Task | None:
+        "The task that a record names; None: its goal names it."
+        if callable(self.task): return self.task(record)
+        field = fmt.id if self.task in (None, record.get("session_key")) else self.task
+        id = value_at(record, field)
         try: return Task.parse(id)
         except (TypeError, TrajectoryError): pass
+        if not (self.task or fmt.loss): return None
         named = isinstance(id, (str, int)) and str(id)
-        name = str(id) if named else digest(record[fmt.turns])
+        if self.task and not named:
+            raise BadRecord(field, f"is {str(id)[:40]}: expected the name of the task")
+        name = storable(str(id)) if named else digest(record[fmt.turns])
         found = re.fullmatch(r"([A-Za-z][^/@]*?)[_-](\d+)", name)
         split = found and self.type is None
         type, variation = found.groups() if split else (self.type or "log", name)
-        return Task(self.world or fmt.name, type, variation, self.fold)
+        return Task(self.world or (fmt.name if fmt.loss else CHAT), type, variation, self.fold)
+
+    def named_by(self, goal: str) -> Task:
+        "The task that a goal names."
+        task = chat_task(goal, self.world or CHAT)
+        return replace(task, type=self.type or task.type, fold=self.fold)
 
     def outcome(self, record: Mapping) -> dict:
         "Score and success, from the fields that hold them."
-        names = {"score": self.score, "success": self.success}
-        found = {key: record.get(name) for key, name in names.items() if name}
-        score, success = found.get("score", 0), found.get("success", True)
-        if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise BadRecord(self.score, f"is {score!r}: expected a number")
-        if not isinstance(success, bool):
-            raise BadRecord(self.success, f"is {success!r}: expected true or false")
-        return found
+        score = value_at(record, self.score) if self.score else None
+        success = value_at(record, self.success) if self.success else None
+        label = record.get("label", record.get("kto_tag"))
+        if not self.success and isinstance(label, bool): success = label
+        return {"score": _number(score, self.score), "success": _truth(success, self.success)}
 
-# %% ../../nbs/logs/03_formats.ipynb #88b12d45
-FAULTS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # of unexpected values
-_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")  # of a message
+# %% ../../nbs/logs/03_formats.ipynb #de4d835c
+def _preamble_of(messages: list[Mapping], fmt: Format) -> int | None:  # None: not for us to say
+    "How many turns stand before the task, where marks or the format say it."
+    rest = [m for m in messages if m.get("role") not in ("system", "developer")]
+    marks = [m.get("loss") for m in rest if m.get("role") == "assistant"]
+    if False in marks and True in marks:
+        first = marks.index(True)
+        opens = [m.get("role") for m in rest[:2 * first]] == ["user", "assistant"] * first
+        plain = opens and all(mark is False for mark in marks[:first])
+        return 2 * first if plain and len(rest) > 2 * first else 0
+    return 2 if fmt.loss and agreed(rest) else None
+
+# %% ../../nbs/logs/03_formats.ipynb #885902d0
+def _split_of(options: Options, fmt: Format,
+              task: Task | None  # that the record names
+             ) -> Callable[[str], tuple[str, str]] | None:  # see `read_conversation`
+    "How the first user turn is read."
+    if options.goal: return goal_split(options.goal)
+    if task is None or options.task: return goal_split("first") if fmt.loss else None
+    whole, first = goal_split("whole"), goal_split("first")
+    def split(text):  # of a task that is named by its goal, the goal is all of it
+        return (whole if chat_task(text.strip()).variation == task.variation else first)(text)
+    return split
+
+# %% ../../nbs/logs/03_formats.ipynb #5e15d808
+FAULTS = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 def _episode(messages: list[Mapping], record: Mapping, fmt: Format, options: Options) -> Trajectory:
     "The body of `episode_of`."
-    messages = _tidy(messages, fmt.turns)
-    first = sum(m["role"] == "system" for m in messages)
-    rest = messages[first:]
-    preamble = _preamble_of(rest, fmt) if options.preamble is None else options.preamble
-    plain = [{k: m[k] for k in m if k in _FIELDS} for m in messages]
-    task, outcome = options.task_of(record, fmt), options.outcome(record)
-    trajectory = from_messages(plain, task, preamble, **outcome)
-    turns = [m for m in rest[preamble:] if m["role"] == "assistant"]
-    def marked(step, turn):  # where the format marks all turns, `loss: true` is the default
-        if "loss" not in turn or turn["loss"] is True and fmt.loss: return step
-        return replace(step, extra={**step.extra, "loss": turn["loss"]})
-    return replace(trajectory, steps=tuple(map(marked, trajectory.steps, turns)))
+    task = options.task_of(record, fmt)
+    preamble = _preamble_of(messages, fmt) if options.preamble is None else options.preamble
+    by = {"provenance": {"author": options.author}} if options.author else {}
+    made = read_conversation(messages, task or options.named_by, _split_of(options, fmt, task),
+                             preamble, fmt.turns, **options.outcome(record), **by)
+    if not len(made):
+        raise BadRecord(fmt.turns, "nothing was done: there is no turn of the agent")
+    if not made.goal.strip():
+        raise BadRecord(fmt.turns, "the first user turn is empty: it should say what to do")
+    if not fmt.loss: return made
+    def unmarked(step):  # where the format marks all turns, `loss: true` is the default
+        marks = {k: v for k, v in step.extra.items() if (k, v) != ("loss", True)}
+        return replace(step, extra=marks)
+    return replace(made, steps=tuple(map(unmarked, made.steps)))
 
-# %% ../../nbs/logs/03_formats.ipynb #67ca517b
+# %% ../../nbs/logs/03_formats.ipynb #404e6ea5
+def reason_of(error: Exception) -> str:
+    "What an error says about a record."
+    if isinstance(error, RecursionError): return "is nested too deeply to be kept"
+    if isinstance(error, OverflowError): return f"holds a number that is too large: {error}"
+    return getattr(error, "reason", None) or str(error) or type(error).__name__
+
+# %% ../../nbs/logs/03_formats.ipynb #798050f0
 def episode_of(messages: list[Mapping],  # OpenAI's chat messages
                record: Mapping,  # that they came from
                fmt: Format, options: Options) -> Trajectory:
     "The episode in a conversation; whatever is wrong with it is a `BadRecord`."
     try: return _episode(messages, record, fmt, options)
     except BadRecord: raise
-    except FAULTS as error: raise BadRecord(fmt.turns, str(error)) from None
+    except FAULTS as error: raise BadRecord(fmt.turns, reason_of(error)) from None
 
 # %% ../../nbs/logs/03_formats.ipynb #f4cdb16b
 def whole_hash(trajectory: Trajectory) -> str:  # 32 hex digits
@@ -258,12 +289,12 @@ def _arguments(text):
     same = not isinstance(value, str) and json.dumps(value, ensure_ascii=False) == text
     return value if same else text
 
-# %% ../../nbs/logs/03_formats.ipynb #a6aced8e
+# %% ../../nbs/logs/03_formats.ipynb #721f65ad
 def _sharegpt_turn(message: Mapping, fmt: Format) -> dict:
     "One turn of a ShareGPT record."
     text, thought = content_text(message), message.get("reasoning_content")
     if calls := message.get("tool_calls"):
-        functions = [c.get("function", {}) for c in calls]
+        functions = [f if isinstance(f := c.get("function"), Mapping) else {} for c in calls]
         made = [{"name": f.get("name"), "arguments": _arguments(f.get("arguments"))}
                 for f in functions]
         value = json.dumps(made[0] if len(made) == 1 else made, ensure_ascii=False)
@@ -284,16 +315,48 @@ def _write_sharegpt(messages: list[dict], trajectory: Trajectory, fmt: Format) -
         if "loss" in step.extra or fmt.loss: turn["loss"] = thaw(step.extra.get("loss", True))
     return turns
 
-# %% ../../nbs/logs/03_formats.ipynb #0061f07a
+# %% ../../nbs/logs/03_formats.ipynb #051ef301
 def record_of(trajectory: Trajectory, fmt: Format) -> dict:
     "A trajectory in a format, as far as the format can hold it."
-    fields, messages = thaw(_log_of(trajectory, fmt).get("fields", {})), to_messages(trajectory)
+    fields = thaw(_log_of(trajectory, fmt).get("fields", {}))
     name = whole_hash(trajectory) if fmt.name == "turns" else str(trajectory.task)
+    messages = write_conversation(trajectory)
     if fmt.marks is not None:
         first = messages[0]  # a system text may have a field of its own
         own = first["role"] == "system" and fields.get("system") == first["content"]
         messages = _write_sharegpt(messages[own:], trajectory, fmt)
     return {**fields, fmt.id: name, fmt.turns: messages}
+
+# %% ../../nbs/logs/03_formats.ipynb #5a14b7d3
+def difference(old, new) -> dict | None:  # None: they are the same JSON value
+    "What turns one JSON value into another; see `patched`."
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {k: change for k, v in new.items()
+                if (change := difference(old[k], v) if k in old else {"is": v}) is not None}
+        gone = [k for k in old if k not in new]
+        return ({"keys": keys} if keys else {}) | ({"gone": gone} if gone else {}) or None
+    if isinstance(old, list) and isinstance(new, list):
+        items = {str(i): change for i, v in enumerate(new)
+                 if (change := difference(old[i], v) if i < len(old) else {"is": v}) is not None}
+        resized = {"length": len(new)} if len(new) != len(old) else {}
+        return ({"items": items} if items else {}) | resized or None
+    return None if type(old) is type(new) and old == new else {"is": new}
+
+# %% ../../nbs/logs/03_formats.ipynb #3421422b
+def patched(old, patch: Mapping | None):  # the new value
+    "Apply a `difference`; one that does not fit is a `BadRecord`."
+    if patch is None: return old
+    if "is" in patch: return patch["is"]
+    try:
+        if isinstance(old, dict):
+            kept = {k: v for k, v in old.items() if k not in patch.get("gone", ())}
+            return kept | {k: patched(old.get(k), p) for k, p in patch.get("keys", {}).items()}
+        items, length = patch.get("items", {}), patch.get("length", len(old))
+        padded = [*old[:length], *[None] * (length - len(old))]
+        return [patched(value, items.get(str(i))) for i, value in enumerate(padded)]
+    except (AttributeError, TypeError, KeyError):
+        raise BadRecord("", f"a saved difference {str(patch)[:60]} does not fit "
+                            f"{str(old)[:60]!r}; was one of them edited?") from None
 
 # %% ../../nbs/logs/03_formats.ipynb #c7d2bbd5
 KEPT = "exprag"  # the field of a record that holds what its format cannot
@@ -331,7 +394,14 @@ def restored(read: Callable[[], Trajectory],  # reads the record as it is
         raise BadRecord(where, f"does not fit the rest of the record ({error}); was it edited? "
                                "Remove it to accept the record as it is") from None
 
-# %% ../../nbs/logs/03_formats.ipynb #7f2a1833
+# %% ../../nbs/logs/03_formats.ipynb #2c5c5bb7
+def _finite(value):  # JSON, perhaps with NaN
+    "The same value with None for numbers that JSON does not have."
+    if isinstance(value, float): return storable(value)
+    if isinstance(value, Mapping): return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+# %% ../../nbs/logs/03_formats.ipynb #e9129c50
 def read_record(record: dict,  # of a conversation format
                 fmt: Format,
                 options: Options = Options()) -> Trajectory:
@@ -341,12 +411,14 @@ def read_record(record: dict,  # of a conversation format
     if isinstance(kept := record.get(KEPT), str):
         bare = {k: v for k, v in record.items() if k != KEPT}
         return restored(lambda: read_record(bare, fmt), kept, KEPT)
-    messages = (_read_sharegpt if fmt.marks else _turns_of)(record, fmt.turns)
+    name, turns = _all_turns(record, fmt)
+    messages = _sharegpt_messages(turns, name, record.get("system")) if fmt.marks else turns
     trajectory = episode_of(messages, record, fmt, options)
-    fields = {k: v for k, v in record.items() if k not in (fmt.id, fmt.turns)}
+    own = _finite(dict(record))
+    fields = {k: v for k, v in own.items() if k not in (fmt.id, fmt.turns, name)}
     log = {"format": fmt.name, "id": trajectory.id, **({"fields": fields} if fields else {})}
     noted = replace(trajectory, extra={**trajectory.extra, "log": log})
-    patch = difference(record_of(noted, fmt), dict(record))
+    patch = difference(record_of(noted, fmt), own)
     if patch is None: return noted if fields else trajectory
     return replace(noted, extra={**noted.extra, "log": {**log, "patch": patch}})
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Refused', 'BadRecord', 'records', 'write_records']
 
-# %% ../../nbs/logs/01_records.ipynb #48102ead
+# %% ../../nbs/logs/01_records.ipynb #6bbaa684
 import bz2
 import codecs
 import gzip
@@ -13,10 +13,14 @@ import json
 import lzma
 import os
 import re
+import shutil
 import sqlite3
+import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -25,18 +29,18 @@ from pathlib import Path
 
 from ..trajectory import FrozenMap, TrajectoryError, canonical_json, replacing
 
-# %% ../../nbs/logs/01_records.ipynb #4c231903
+# %% ../../nbs/logs/01_records.ipynb #d4770fad
 @dataclass(frozen=True)
 class Refused:
     "A record that could not be read."
     source: str  # name of the file
     unit: str  # what `number` counts: 'line', 'record' (of a JSON text) or 'row' (of a table)
-    number: int  # from 1
+    number: int  # from 1; 0: the file as a whole
     field: str  # where in the record, e.g. 'messages[3].role'; '' for all of it
     reason: str  # what was wrong, and what to do about it
 
     def __str__(self):
-        place = f"{self.source}, {self.unit} {self.number}"
+        place = f"{self.source}, {self.unit} {self.number}" if self.number else self.source
         return ", ".join(filter(None, (place, self.field))) + f": {self.reason}"
 
 # %% ../../nbs/logs/01_records.ipynb #bd03d1b4
@@ -59,30 +63,60 @@ def refuse(report: Report | None,  # None: raise
                               "report=problems.append")
     report(refused)
 
-# %% ../../nbs/logs/01_records.ipynb #0b19e8e4
+# %% ../../nbs/logs/01_records.ipynb #74acae84
 _PIECE = 1 << 18  # bytes
 _MAGICS = FrozenMap({  # the first bytes of a file, in hex
     "gzip": "1f8b", "xz": "fd377a585a00", "bzip2": "425a68",
-    "zstandard": "28b52ffd", "zip": "504b0304", "parquet": "50415231"})
+    "zstandard": "28b52ffd", "zip": "504b0304", "parquet": "50415231", "arrow": "4152524f5731",
+    "stream": "ffffffff", "lfs": b"version https://git-lfs".hex(),
+    "SQLite": b"SQLite format 3".hex()})
 
 def _format_of(path: str | os.PathLike) -> str:  # a key of `_MAGICS`, or ''
-    "How a file is packed, by its first bytes."
-    with open(path, "rb") as file: start = file.read(6).hex()
-    return next((name for name, magic in _MAGICS.items() if start.startswith(magic)), "")
+    "What a file is, by its first bytes."
+    with open(path, "rb") as file: start = file.read(32)
+    if start.lower().startswith((b"<!doctype html", b"<html")): return "page"
+    return next((name for name, magic in _MAGICS.items() if start.hex().startswith(magic)), "")
 
 # %% ../../nbs/logs/01_records.ipynb #68e3adcd
 class Damaged(ValueError):
     "A file that ends or breaks where it should not."
 
-# %% ../../nbs/logs/01_records.ipynb #82fa51aa
+# %% ../../nbs/logs/01_records.ipynb #4a246f6b
+class Unreadable(Damaged):
+    "A file of which nothing can be read."
+
+# %% ../../nbs/logs/01_records.ipynb #3887d0f5
+_NO_LOG = FrozenMap({
+    **{kind: f"is {kind}: this library reads plain, gzip, xz and bzip2 files; unpack it first"
+       for kind in ("zstandard", "zip")},
+    "lfs": "is a Git LFS pointer, not the file itself: `git lfs pull` fetches it",
+    "page": "is an HTML page, perhaps of an error or a login: download the file itself",
+    "SQLite": "is an SQLite database: if it is a store, open it as one, and export its episodes"})
+
+# %% ../../nbs/logs/01_records.ipynb #c0d239fa
+@contextmanager
+def _on_disk(path: str | os.PathLike  # '-': standard input
+            ) -> Iterator[Path]:  # what can be read from its beginning several times
+    "A file as it is; a stream as a copy, read once and whole."
+    standard = os.fspath(path) == "-"
+    if not standard and (os.path.isdir(path) or stat.S_ISREG(os.stat(path).st_mode)):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="exprag-") as folder:
+        copy = Path(folder, "stream")
+        with copy.open("wb") as file:
+            if standard: shutil.copyfileobj(sys.stdin.buffer, file)
+            else:
+                with open(path, "rb") as stream: shutil.copyfileobj(stream, file)
+        yield copy
+
+# %% ../../nbs/logs/01_records.ipynb #7978cd32
 _OPENERS = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
 
 def _open(path: str | os.PathLike):  # a binary file, unpacked
     "Open a file for reading, whatever it is compressed with."
     kind = _format_of(path)
-    if kind in ("zstandard", "zip"):
-        raise TrajectoryError(f"{path} is {kind}: this library reads plain, gzip, xz and bzip2 "
-                              "files; unpack it first")
+    if kind in _NO_LOG: raise Unreadable(_NO_LOG[kind])
     return _OPENERS.get(kind, open)(path, "rb")
 
 # %% ../../nbs/logs/01_records.ipynb #e64f6222
@@ -97,19 +131,24 @@ def _read_piece(file  # binary, with `read1`
         found += more
     return found, None
 
-# %% ../../nbs/logs/01_records.ipynb #8f810eae
-def _pieces(path: str | os.PathLike) -> Iterator[bytes]:  # without a byte order mark
-    "The unpacked bytes of a file, a piece at a time; UTF-16 becomes UTF-8."
+# %% ../../nbs/logs/01_records.ipynb #060a385a
+_WIDE = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+         "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}  # in this order
+
+def _pieces(path: str | os.PathLike,
+            wide: str | None = None  # the encoding of all of it, if that is UTF-16 or UTF-32
+           ) -> Iterator[bytes]:  # without a byte order mark
+    "The unpacked bytes of a file, a piece at a time; UTF-16 and UTF-32 become UTF-8."
     with _open(path) as file:
         piece, error = _read_piece(file)
-        utf16 = piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        decoder = codecs.getincrementaldecoder("utf-16")() if utf16 else None
+        marked = next((name for name, marks in _WIDE.items() if piece.startswith(marks)), wide)
+        decoder = codecs.getincrementaldecoder(marked)() if marked else None
         piece = piece.removeprefix(codecs.BOM_UTF8)
         while piece:
-            try: text = decoder.decode(piece) if utf16 else None
+            try: text = decoder.decode(piece) if decoder else None
             except UnicodeDecodeError as wrong:
-                raise Damaged(f"the file begins as UTF-16 and changes: {wrong}") from None
-            yield text.encode("utf-8", "surrogatepass") if utf16 else piece
+                raise Damaged(f"the file begins as {marked} and changes: {wrong}") from None
+            yield text.encode("utf-8", "surrogatepass") if decoder else piece
             piece, error = (b"", error) if error else _read_piece(file)
         if error: raise Damaged(f"the compressed file is damaged or cut short: {error}")
 
@@ -223,7 +262,7 @@ def split_values(stream: Iterable[bytes],  # what `_pieces` gives: an array, or 
     values = _joined(_value_parts(stream), limit)
     return enumerate((v and v.strip() for v in values if v is None or v.strip()), 1)
 
-# %% ../../nbs/logs/01_records.ipynb #077ca79a
+# %% ../../nbs/logs/01_records.ipynb #fd472032
 def is_lines(start: bytes  # the first piece of a file
             ) -> bool:
     "Whether a file looks like JSON Lines, rather than one JSON text."
@@ -232,10 +271,28 @@ def is_lines(start: bytes  # the first piece of a file
         try: return isinstance(json.loads(line), (dict, list))
         except (ValueError, RecursionError): return False
     if not head or not start.lstrip().startswith((b"{", b"[")): return True
-    if len(head) == 1: return start.lstrip().startswith(b"{")
+    if len(head) == 1:
+        text = head[0].decode("utf-8", "replace").strip()
+        try: end = json.JSONDecoder().raw_decode(text)[1]
+        except (ValueError, RecursionError): end = len(text)
+        return text.startswith("{") and not text[end:].lstrip().startswith("{")
     if whole(head[0]): return True
     more = (line for line in head[1:21] if line.startswith(b"{"))
     return start.startswith(b"{") and any(map(whole, more))
+
+# %% ../../nbs/logs/01_records.ipynb #8578e14d
+def _encodings(names: Iterable[str]
+              ) -> tuple[tuple[str, ...], str | None]:  # of records; of the whole file
+    "The encodings that may be tried, checked; UTF-16 and UTF-32 are read before lines are split."
+    names = tuple(names)
+    for name in names or ("",):
+        try: "".encode(name)
+        except (LookupError, ValueError):
+            raise ValueError(f"no encoding is called {name!r}; give names that Python knows, such "
+                             "as utf-8, cp1252, shift_jis or utf-16") from None
+    wide = [name for name in names if codecs.lookup(name).name[:6] in _WIDE]
+    narrow = tuple(name for name in names if name not in wide)
+    return narrow or ("utf-8",), None if narrow else wide[0]
 
 # %% ../../nbs/logs/01_records.ipynb #2471f2c0
 def _decode(data: bytes, encodings: Iterable[str]) -> str:
@@ -248,14 +305,16 @@ def _decode(data: bytes, encodings: Iterable[str]) -> str:
                         "the file is in another encoding, say so: encodings=('utf-8', 'cp1252') "
                         "tries the one and then the other")
 
-# %% ../../nbs/logs/01_records.ipynb #6d0a344a
+# %% ../../nbs/logs/01_records.ipynb #890b9228
 def _parse(data: bytes, encodings: Iterable[str] = ("utf-8",)):  # a JSON value
     "One JSON value from its bytes."
-    text = _decode(data, encodings)
+    text = _decode(data, encodings).lstrip("\x1e")  # which begins each record of a JSON sequence
     try: return json.loads(text)
     except RecursionError: raise BadRecord("", "not JSON: nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise BadRecord("", f"not JSON: {error}; the line is damaged or cut short") from None
+    except ValueError:  # Python's limit for the digits of a number
+        raise BadRecord("", "holds a number with too many digits; write it as text") from None
 
 # %% ../../nbs/logs/01_records.ipynb #a367e7da
 ROWS = 64  # a batch
@@ -270,19 +329,23 @@ def arrow():  # the module
                           "'exprag[parquet]'") from None
     return pyarrow
 
-# %% ../../nbs/logs/01_records.ipynb #9eea5d40
-def _rows(path: str | os.PathLike  # a Parquet file or an Arrow stream
+# %% ../../nbs/logs/01_records.ipynb #812bea8c
+def _rows(path: str | os.PathLike,
+          kind: str  # 'parquet', 'arrow' (a file), or 'stream' (of Arrow)
          ) -> Iterator[tuple[int, dict]]:  # row number from 1, the row
     "The rows of a table, a batch at a time."
     pa = arrow()
-    try:
-        if _format_of(path) == "parquet":
-            with pa.parquet.ParquetFile(path) as file:
-                batches = file.iter_batches(ROWS)
-                yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-        else:
-            with pa.OSFile(os.fspath(path)) as file, pa.ipc.open_stream(file) as batches:
-                yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    def batches():
+        if kind == "parquet":
+            with pa.parquet.ParquetFile(path) as file: yield from file.iter_batches(ROWS)
+            return
+        with pa.OSFile(os.fspath(path)) as file:
+            if kind == "stream":
+                with pa.ipc.open_stream(file) as stream: yield from stream
+            else:
+                with pa.ipc.open_file(file) as table:
+                    yield from map(table.get_batch, range(table.num_record_batches))
+    try: yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError) as error:
         raise Damaged(f"the table is damaged or cut short: {error}") from None
 
@@ -317,37 +380,45 @@ def _record(data: bytes | None,  # None: longer than the limit
                             "or a list")
     return value
 
-# %% ../../nbs/logs/01_records.ipynb #aa233057
-def _numbered(path: Path, encodings: Iterable[str], limit: int
+# %% ../../nbs/logs/01_records.ipynb #9412de69
+def _numbered(path: Path,  # of a file that can be read twice
+              ending: str,  # of its own name
+              encodings: Iterable[str], limit: int
              ) -> tuple[str, Iterator[tuple[int, Callable]]]:  # unit, (number, reads the record)
     "What a file counts, and how to read each of its records."
-    if _format_of(path) == "parquet" or path.suffix == ".arrow":
-        return "row", ((number, partial(_plain, row)) for number, row in _rows(path))
-    stream = _pieces(path)
+    (encodings, wide), kind = encodings, _format_of(path)
+    if kind in ("parquet", "arrow", "stream") or ending == ".arrow":
+        kind = kind if kind in ("parquet", "arrow") else "stream"
+        return "row", ((number, partial(_plain, row)) for number, row in _rows(path, kind))
+    stream = _pieces(path, wide)
     first = next(stream, b"")
     lines, stream = is_lines(first), chain([first], stream)
     found = split_lines(stream, limit) if lines else split_values(stream, limit)
     reads = ((number, partial(_record, data, lines, encodings, limit)) for number, data in found)
     return "line" if lines else "record", reads
 
-# %% ../../nbs/logs/01_records.ipynb #564e3fa3
-def records(path: str | os.PathLike,  # a file
+# %% ../../nbs/logs/01_records.ipynb #e8eeac3c
+def records(path: str | os.PathLike,  # a file, a pipe, or '-' for standard input
             report: Report | None = None,  # called with each refusal; None: the first is an error
             encodings: Iterable[str] = ("utf-8",),  # tried in this order, record by record
             limit: int = LIMIT  # bytes a record
            ) -> Iterator[tuple[str, int, object]]:  # what is counted, number from 1, JSON value
     "The records of a file, one by one."
-    path, unit, number = Path(path), "line", 0
+    if limit < 1: raise ValueError(f"limit {limit}: expected at least one byte a record")
+    encodings, unit, number = _encodings(encodings), "line", 0
+    name = "standard input" if os.fspath(path) == "-" else Path(path).name
     try:
-        unit, found = _numbered(path, tuple(encodings), limit)
-        for number, read in found:
-            try: value = read()
-            except BadRecord as error:
-                refuse(report, Refused(path.name, unit, number, error.field, error.reason))
-            else: yield unit, number, value
+        with _on_disk(path) as file:
+            unit, found = _numbered(file, Path(path).suffix, encodings, limit)
+            for number, read in found:
+                try: value = read()
+                except BadRecord as error:
+                    refuse(report, Refused(name, unit, number, error.field, error.reason))
+                else: yield unit, number, value
+    except Unreadable as error: refuse(report, Refused(name, unit, 0, "", str(error)))
     except Damaged as error:
         reason = f"{error}; what came before it was read"
-        refuse(report, Refused(path.name, unit, number + 1, "", reason))
+        refuse(report, Refused(name, unit, number + 1, "", reason))
 
 # %% ../../nbs/logs/01_records.ipynb #55cba053
 class Sorter:
@@ -393,37 +464,6 @@ class Sorter:
         "Remove the scratch database."
         self._db.close()
         self._folder.cleanup()
-
-# %% ../../nbs/logs/01_records.ipynb #5a14b7d3
-def difference(old, new) -> dict | None:  # None: they are the same JSON value
-    "What turns one JSON value into another; see `patched`."
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = {k: change for k, v in new.items()
-                if (change := difference(old[k], v) if k in old else {"is": v}) is not None}
-        gone = [k for k in old if k not in new]
-        return ({"keys": keys} if keys else {}) | ({"gone": gone} if gone else {}) or None
-    if isinstance(old, list) and isinstance(new, list):
-        items = {str(i): change for i, v in enumerate(new)
-                 if (change := difference(old[i], v) if i < len(old) else {"is": v}) is not None}
-        resized = {"length": len(new)} if len(new) != len(old) else {}
-        return ({"items": items} if items else {}) | resized or None
-    return None if type(old) is type(new) and old == new else {"is": new}
-
-# %% ../../nbs/logs/01_records.ipynb #3421422b
-def patched(old, patch: Mapping | None):  # the new value
-    "Apply a `difference`; one that does not fit is a `BadRecord`."
-    if patch is None: return old
-    if "is" in patch: return patch["is"]
-    try:
-        if isinstance(old, dict):
-            kept = {k: v for k, v in old.items() if k not in patch.get("gone", ())}
-            return kept | {k: patched(old.get(k), p) for k, p in patch.get("keys", {}).items()}
-        items, length = patch.get("items", {}), patch.get("length", len(old))
-        padded = [*old[:length], *[None] * (length - len(old))]
-        return [patched(value, items.get(str(i))) for i, value in enumerate(padded)]
-    except (AttributeError, TypeError, KeyError):
-        raise BadRecord("", f"a saved difference {str(patch)[:60]} does not fit "
-                            f"{str(old)[:60]!r}; was one of them edited?") from None
 
 # %% ../../nbs/logs/01_records.ipynb #c41468b2
 def to_line(value) -> bytes:  # without a line end
