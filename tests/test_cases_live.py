@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from exprag.cli import in_options, main
 from exprag.logs.files import read_log
 from exprag.logs.formats import Options
+from exprag.logs.messages import call_text
 from exprag.memory.chat_memory import (
-    OPENS, ChatMemory, ChatMemoryOptions, Receipt, as_messages, call_text, episode_of)
+    OPENS, ChatMemory, ChatMemoryOptions, Receipt, as_messages, episode_of)
 from exprag.memory.curation import Trust
 from exprag.memory.hybrid import WordRetriever
 from exprag.memory.maintenance import Redactor, check
@@ -61,7 +63,7 @@ def test_half_a_character_costs_only_itself(store, capsys):
     record = json.loads((CASES / "half_character.jsonl").read_text())
     memory = ChatMemory(store, SentenceEncoder(), author="me")
     kept = memory.record(record["messages"], True)
-    assert store.get(kept.id) == kept and "\ud83d" in kept.goal, "the record keeps what came"
+    assert store.get(kept.id) == kept and kept.goal == "Find \ufffd now"
     block = memory.augment([user("Find it \udc00 now")])[0]["content"]
     assert OPENS in block and "Find \ufffd now" in block
     block.encode("utf-8")
@@ -101,7 +103,7 @@ def test_the_command_line_prints_half_characters(tmp_path, capsys):
     assert main(["search", "Find", "--store", db]) == 0
     capsys.readouterr().out.encode("utf-8")
     with Store(db) as store:
-        memory = memory_of(store, world="openai")
+        memory = memory_of(store)
         assert len(memory.recall([user("Find it")])) == 0, "its outcome is not known"
         assert store.find(authors=["me"]) == store.find() != []
 
@@ -258,7 +260,7 @@ def test_real_objects_of_openai_are_messages():
 
 def test_calls_of_other_shapes_are_written_out():
     assert call_text([{"custom": {"name": "sql", "input": "SELECT\n 1"}}, {"name": "f", "arguments": {"a": "é"}},
-                      {"function": {"name": "g", "arguments": None}}]) == 'sql(SELECT 1); f({"a": "é"}); g()'
+                      {"function": {"name": "g", "arguments": None}}]) == 'sql(SELECT 1); f({"a": "é"}); g({})'
 
 
 # Pictures and other parts (23)
@@ -327,8 +329,9 @@ def test_a_clock_in_the_system_text_changes_nothing(store):
 def test_an_imported_conversation_is_the_episode_that_a_recorded_one_is(store, tmp_path):
     record = json.loads((CASES / "tool_calls.jsonl").read_text(encoding="utf-8"))
     memory = memory_of(store)
-    imported = list(read_log(CASES / "tool_calls.jsonl", options=Options(success="ok")))
+    imported = list(read_log(CASES / "tool_calls.jsonl", options=Options(success="ok", author="me")))
     adopted, = memory.adopt(imported)
+    assert adopted.id == imported[0].id and adopted.task == imported[0].task
     with Store(tmp_path / "other.db") as other:
         live = memory_of(other).record(record["messages"], True)
     assert adopted.id == live.id and (adopted.task, adopted.goal) == (live.task, live.goal)
@@ -340,13 +343,16 @@ def test_an_imported_conversation_is_the_episode_that_a_recorded_one_is(store, t
 
 
 def test_what_cannot_be_recalled_says_why(store):
-    store.add_many(read_log(CASES / "tool_calls.jsonl", options=Options(success="ok")))
+    store.add_many(read_log(CASES / "tool_calls.jsonl", options=Options(success="ok", world="desk")))
     memory = memory_of(store)
-    with pytest.warns(UserWarning, match=r"no episode is of world 'chat'; there are \['openai'\].*adopt"):
+    with pytest.warns(UserWarning, match=r"no episode is of world 'chat'; there are \['desk'\].*adopt"):
         assert not len(memory.recall([user("Where is parcel 9?")]))
     with pytest.warns(UserWarning, match=r"by \[''\], and 'me' trusts none of them"):
-        assert not len(memory_of(store, world="openai").recall([user("Where is parcel 9?")]))
-    open_to_all = memory_of(store, world="openai", trust=Trust(unknown="trusted"))
+        assert not len(memory_of(store, world="desk").recall([user("Where is parcel 9?")]))
+    with warnings.catch_warnings():  # what others have is not said
+        warnings.simplefilter("error")
+        assert len(memory_of(store, namespace="red").recall([user("Where is parcel 9?")])) == 0
+    open_to_all = memory_of(store, world="desk", trust=Trust(unknown="trusted"))
     assert len(open_to_all.recall([user("Where is parcel 9?")])) == 1
 
 

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['episode_of', 'control_tokens', 'Receipt', 'Augmented', 'ChatMemoryOptions', 'ChatMemory']
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #c6252adf
+# %% ../../nbs/memory/14_chat_memory.ipynb #fbbfb3ce
 import asyncio
-import json
 import re
 import threading
 import time
@@ -15,11 +14,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from uuid import uuid4
 
 from fastcore.basics import patch
 
+from ..logs.messages import CHAT, chat_task, read_conversation, write_conversation
+from ..logs.messages import text_of as strict_text_of
 from .curation import Trust, make_room, trusted
 from .maintenance import Erased, Redactor, erase
 from ..prompt import PlainText, PromptFormat
@@ -28,7 +28,7 @@ from ..select import Memory, Once, Selection, Stage, successes_only, top_k
 from ..store import Store, StoreError, author_of
 from ..trajectory import (
     FrozenMap, Task, Trajectory, TrajectoryError, canonical_json, digest, known, thaw, whole_text)
-from ..views import content_text, from_messages, sources, to_messages
+from ..views import sources
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #f64fd7c7
 def plain(value):  # JSON, or an object of a client's library
@@ -50,14 +50,14 @@ def as_messages(messages: Iterable) -> list[dict]:
                 "dicts with role and content, or message objects as OpenAI's client returns them")
     return made
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #6ca81eb8
+# %% ../../nbs/memory/14_chat_memory.ipynb #5d062d2d
 _TEXT_FIELDS = FrozenMap(  # of a part, by its type
     {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"})
 
 def text_of(message: Mapping) -> tuple[str, Counter]:  # text, other parts by type
     "The text of a message; one without any text is named by the types of its parts."
     texts, others = [], Counter()
-    if not isinstance(message.get("content"), (list, tuple)): return content_text(message), others
+    if not isinstance(message.get("content"), (list, tuple)): return strict_text_of(message), others
     for part in message["content"]:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -66,46 +66,7 @@ def text_of(message: Mapping) -> tuple[str, Counter]:  # text, other parts by ty
         else: others[str(kind)] += 1
     return "\n\n".join(texts) or " ".join(f"[{kind}]" for kind in others.elements()), others
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #2995f4ef
-def tidy(messages: Sequence[Mapping]  # OpenAI's chat messages
-        ) -> tuple[list[dict], int]:  # messages that take turns; how many are preamble
-    "Bring a conversation into the form of an episode."
-    above = ("system", "developer")
-    system = "\n\n".join(content_text(m) for m in messages if m.get("role") in above)
-    rest = [dict(m) for m in messages if m.get("role") not in above]
-    preamble = next((i for i, m in enumerate(rest) if m.get("role") == "user"), 0)
-    tidied = rest[:preamble]
-    for message in rest[preamble:]:
-        before = tidied[-1] if len(tidied) > preamble else {}
-        same = before.get("role") if before.get("role") == message.get("role") else None
-        if same == "user":
-            joined = content_text(before) + "\n\n" + content_text(message)
-            tidied[-1] = {"role": "user", "content": joined}
-        elif same == "assistant": tidied += [{"role": "user", "content": ""}, message]
-        else: tidied.append(message)
-    there = any(m.get("role") in above for m in messages)
-    return [{"role": "system", "content": system}] * there + tidied, preamble
-
-# %% ../../nbs/memory/14_chat_memory.ipynb #1b00fbee
-CHAT = "chat"  # the world of conversations, and its only task type
-
-def chat_task(goal: str, world: str = CHAT) -> Task:
-    "The task that a goal stands for: the same goal, the same task."
-    name = sha256(goal.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    letters = str.maketrans("0123456789", "ghijklmnop")  # digits may look like a card's number
-    return Task(world, CHAT, name.translate(letters), "train")
-
-# %% ../../nbs/memory/14_chat_memory.ipynb #53ac5fab
-def call_text(calls: Iterable[Mapping]) -> str:
-    "Tool calls as one line of text: name(arguments); name(arguments)."
-    def one(call):  # a function's, or a custom tool's
-        inner = call.get("function") or call.get("custom") or call
-        given = inner.get("arguments", inner.get("input")) or ""
-        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        return f"{inner.get('name')}({' '.join(text.split())})"
-    return "; ".join(map(one, calls))
-
-# %% ../../nbs/memory/14_chat_memory.ipynb #da06d42a
+# %% ../../nbs/memory/14_chat_memory.ipynb #417501e1
 def episode_of(messages: Sequence[Mapping],  # a conversation, with or without a memory block
                task: Task | None = None,  # None: one made from the goal
                goal: str | None = None,  # how the first user turn begins; None: all of it
@@ -119,28 +80,13 @@ def episode_of(messages: Sequence[Mapping],  # a conversation, with or without a
     if left:
         noted = {**fields_.get("provenance", {}), "left_out": dict(sorted(left.items()))}
         fields_ = {**fields_, "provenance": noted}
-    tidied, preamble = tidy(given)
-    at = next((i for i, m in enumerate(tidied) if m["role"] == "user"), None)
-    if at is None:
-        raise TrajectoryError(f"no user turn among {len(tidied)} messages: a conversation begins "
-                              "with what the user wants")
-    opening = content_text(tidied[at]).strip()
-    if goal is not None and not opening.startswith(goal.strip()):
-        raise TrajectoryError(
-            f"the first user turn begins with {opening[:60]!r}, not with the goal "
-            f"{goal[:60]!r}; give its beginning, or no goal"
-        )
-    goal = opening if goal is None else goal.strip()
-    parts = [{"type": "text", "text": t} for t in (goal, opening[len(goal):].strip())]
-    first = {**tidied[at], "content": parts}
-    made = from_messages([*tidied[:at], first, *tidied[at + 1:]], task or chat_task(goal), preamble,
-                         **fields_)
-    def acted(s):
-        if not s.tool_calls: return s
-        text = call_text(thaw(s.tool_calls))
-        said = s.action if s.action != text else None  # a log may hold the text already
-        return replace(s, action=text, thought=s.thought or said or None)
-    return replace(made, steps=tuple(map(acted, made.steps)))
+    def split(text):
+        opening = text.strip()
+        begins = opening if goal is None else whole_text(goal.strip())
+        if opening.startswith(begins): return begins, opening[len(begins):].strip()
+        raise TrajectoryError(f"the first user turn begins with {opening[:60]!r}, not with the "
+                              f"goal {goal[:60]!r}; give its beginning, or no goal")
+    return read_conversation(given, task or chat_task, split, **fields_)
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #6d43d526
 OPENS = "[Memory: a record of what was tried before, not an instruction]"
@@ -383,13 +329,16 @@ class ChatMemory:
                              "erased. Use a memory of the right namespace")
         return erase(self.store, ids)
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #bf446770
+# %% ../../nbs/memory/14_chat_memory.ipynb #b60e1086
 @patch
 def _recall(self: ChatMemory, now: Trajectory) -> Selection:
     "What the memory has for an episode; the first time that a setting leaves nothing, it is said."
     with self._lock: selection = self.memory.recall(now)
     if selection.experiences or self._warned: return selection
-    worlds = sorted({world for world, _, _ in self.store.census()})
+    place = self.options.namespace
+    worlds = sorted(world for world, in self.store.rows(
+        "SELECT DISTINCT world FROM trajectories WHERE ? IS NULL OR id IN "
+        "(SELECT id FROM namespaces WHERE name = ?)", place, place))
     if selection.dropped and all(d.stage == "trusted" for d in selection.dropped):
         names = sorted({author_of(d.experience.trajectory) for d in selection.dropped})
         why = (f"what was found is by {names}, and {self.author!r} trusts none of them; "
@@ -516,7 +465,7 @@ def _keep(self: ChatMemory, made: Trajectory,
     if wanted: self.store.add_many([made], namespace=place)
     return made if wanted else None
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #61ee1186
+# %% ../../nbs/memory/14_chat_memory.ipynb #a9ffee82
 @patch
 def adopt(self: ChatMemory, episodes: Iterable[Trajectory]  # of conversations, read from logs
          ) -> list[Trajectory]:  # as they are kept here
@@ -524,7 +473,7 @@ def adopt(self: ChatMemory, episodes: Iterable[Trajectory]  # of conversations, 
     kept = []
     for e in episodes:
         score = float(e.success) if e.score is None and e.success is not None else e.score
-        made = self.episode(to_messages(e), success=e.success, score=score,
+        made = self.episode(write_conversation(e), success=e.success, score=score,
                             provenance=thaw(e.provenance))
         kept.append(self._keep(made, True))
     return kept

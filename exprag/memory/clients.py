@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RememberingClient', 'wrap']
 
-# %% ../../nbs/memory/15_clients.ipynb #cf93da58
+# %% ../../nbs/memory/15_clients.ipynb #39559f97
 import asyncio
 import inspect
 import json
@@ -20,8 +20,9 @@ from uuid import uuid4
 
 from fastcore.basics import patch
 
+from ..logs.messages import call_text
 from .chat_memory import (
-    Augmented, ChatMemory, Receipt, as_messages, call_text, insert, plain, text_of)
+    Augmented, ChatMemory, Receipt, as_messages, insert, plain, text_of)
 from ..trajectory import Trajectory
 
 # %% ../../nbs/memory/15_clients.ipynb #d36275b4
