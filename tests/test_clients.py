@@ -40,7 +40,8 @@ class Server(BaseHTTPRequestHandler):
         if not stream: return self.wfile.write(json.dumps(answer).encode())
         for event in events:
             name = f"event: {event['type']}\n" if "type" in event else ""
-            self.wfile.write(f"{name}data: {json.dumps(event)}\n\n".encode())
+            try: self.wfile.write(f"{name}data: {json.dumps(event)}\n\n".encode())
+            except ConnectionError: return  # the client has heard enough
         if kind == "completions": self.wfile.write(b"data: [DONE]\n\n")
 
     def say_completions(self, done):
@@ -341,3 +342,22 @@ def test_thoughts_results_and_pictures_of_anthropic():
     assert (step.action, step.thought, step.observation) == ("f({})", "Hm.", "Go on.")
     assert step.tool_calls[0]["result"] == "ok"
     assert [m["role"] for m in item_messages([{"type": "reasoning", "id": "x"}, user("a")])] == ["user"]
+
+
+def test_a_stream_is_read_as_the_agent_likes(server, memory):
+    client = wrap(client_of(server, "OpenAI"), memory)
+    def asked(name, done=True):
+        told = {"role": "tool", "tool_call_id": "c1", "content": "pressed"}
+        call = {"id": "c1", "type": "function", "function": {"name": "press", "arguments": "{}"}}
+        turns = [user("Turn on the lamp."), {"role": "assistant", "content": None, "tool_calls": [call]}, told]
+        return client.chat.completions.create(model="m", messages=turns, stream=True, conversation_name=name)
+    stream, pieces = asked("next"), []
+    while (piece := next(stream, None)) is not None: pieces.append(piece.choices[0].delta.content or "")
+    assert "".join(pieces) == "Done lamp." and stream.response.status_code == 200
+    assert client.record(True, "next").actions[-1] == "Done lamp."
+    for piece in asked("broken off"):
+        if piece.choices[0].delta.content == "e": break
+    del piece
+    with asked("left") as stream: next(iter(stream))
+    assert client.record(True, "broken off").actions[-1] == "Done"
+    assert client.record(True, "left").actions[-1] == "press({})", "nothing was said yet"

@@ -179,7 +179,7 @@ def _said(messages: Sequence[Mapping]) -> list[tuple]:
     return [(m["role"], text_of(m)[0].strip(), call_text(m.get("tool_calls") or ()))
             for m in messages if m["role"] not in ("system", "developer")]
 
-# %% ../../nbs/memory/15_clients.ipynb #f38dc31c
+# %% ../../nbs/memory/15_clients.ipynb #7e5fca85
 _CONVERSATIONS_KEPT = 1000  # begun and not recorded
 
 class Conversations:
@@ -223,7 +223,8 @@ class Conversations:
     def answer(self, name: str, interface: Interface, answer) -> None:
         "Note the answer to the last request of a conversation."
         answer = plain(answer)
-        messages = as_messages(interface.answered(answer))
+        messages = [m for m in as_messages(interface.answered(answer))
+                    if text_of(m)[0] or m.get("tool_calls")]  # a stream may be broken off at once
         with self.lock:
             if (known := self.going_on.get(name)) is None: return
             known.messages = known.messages + messages
@@ -237,7 +238,7 @@ def guarded(call: Callable, *arguments):  # what the call gives; None where it f
         warnings.warn(f"a request goes on without its memory: {type(error).__name__}: {error}",
                       stacklevel=4)
 
-# %% ../../nbs/memory/15_clients.ipynb #68e547a7
+# %% ../../nbs/memory/15_clients.ipynb #ed299195
 class WatchedStream:
     "A stream that is handed on as it comes, and noted when it ends."
     def __init__(self, stream, add: Callable, done: Callable):
@@ -256,6 +257,14 @@ class WatchedStream:
     def __iter__(self):
         try: yield from map(self._see, self._stream)
         finally: self._end()
+
+    def __next__(self):
+        try: return self._see(next(self._stream))
+        except StopIteration: self._end(); raise
+
+    async def __anext__(self):
+        try: return self._see(await anext(self._stream))
+        except StopAsyncIteration: self._end(); raise
 
     async def __aiter__(self):
         try:

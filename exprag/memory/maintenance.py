@@ -280,10 +280,11 @@ def _check_records(store: Store, mend: bool) -> list[Finding]:
         found.append(_finding("columns", what, "written again from the records", mend))
     return found
 
-# %% ../../nbs/memory/11_maintenance.ipynb #3aafd511
+# %% ../../nbs/memory/11_maintenance.ipynb #55f90aa9
 _BELONGS = {  # table to the column that names an episode
     "vectors": "id", "texts": "id", "namespaces": "id", "usage": "id",
     "place_vectors": "id",  # of exprag.memory.in_episode
+    "receipt_reads": "id",  # of exprag.memory.chat_memory
     "insight_sources": "episode"}  # of exprag.memory.insights
 
 def _check_orphans(store: Store, mend: bool) -> list[Finding]:
