@@ -361,3 +361,19 @@ def test_a_stream_is_read_as_the_agent_likes(server, memory):
     with asked("left") as stream: next(iter(stream))
     assert client.record(True, "broken off").actions[-1] == "Done"
     assert client.record(True, "left").actions[-1] == "press({})", "nothing was said yet"
+
+
+def test_a_real_model_behind_a_real_server(memory):
+    pytest.importorskip("fastapi", reason="the extra `server` is not installed")
+    openai = pytest.importorskip("openai", reason="the extra `server` is not installed")
+    from exprag.models.server import serving
+    with serving(device="cpu") as (url, name):
+        client = wrap(openai.OpenAI(base_url=url, api_key="none", max_retries=0), memory)
+        about = {"model": name, "temperature": 0, "max_tokens": 8}
+        answers = []
+        for goal in ("Turn on the lamp.", "Turn on the lamp!"):
+            answers.append(client.chat.completions.create(messages=[user(goal)], **about))
+            kept = client.record(True)
+            assert kept.actions == (answers[-1].choices[0].message.content,)
+    read = [answer.usage.prompt_tokens for answer in answers]
+    assert read[1] > read[0] + 20 and sum(u.uses for u in usage(memory.store).values()) == 1
