@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SHOWN', 'build_parser', 'main']
 
-# %% ../nbs/21_command_line.ipynb #da1bfaa8
+# %% ../nbs/21_command_line.ipynb #9e54b17f
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/21_command_line.ipynb #5573949c
+# %% ../nbs/21_command_line.ipynb #354697ad
 def _run_demo(given: argparse.Namespace) -> None:
     "Run the demo and print its table."
     from exprag.demo import CONTROLS, FIVE, PLANS, TRACKED_REPLAY, demo, with_tracking
@@ -29,8 +30,8 @@ def _run_demo(given: argparse.Namespace) -> None:
     out = given.out or Path("runs", "-".join(parts))
     demo(out, plan, given.model, given.encoder, given.recipe, given.threads)
     print((out / "table.txt").read_text(encoding="utf-8"))
-    print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the store of "
-          "experience.")
+    print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the "
+          "store of experience.")
 
 # %% ../nbs/21_command_line.ipynb #7d65c8be
 _SIZES = {
@@ -194,7 +195,15 @@ def _add_trial(commands) -> None:
                        help="change the file, as design.budget=90; may be given several times")
     trial.set_defaults(run=_run_trial)
 
-# %% ../nbs/21_command_line.ipynb #39f11259
+# %% ../nbs/21_command_line.ipynb #283805e4
+def in_options(text: str) -> str:
+    "A message of the library in the words of the command: its options for Python's arguments."
+    def encodings(found): return "--encoding " + ",".join(re.findall(r"[\w-]+", found.group(1)))
+    def limit(found): return f"--limit {max(1, int(found.group(1)) >> 20)}"
+    text = re.sub(r"encodings=\(([^()]*)\)", encodings, text)
+    return re.sub(r"\blimit=(\d+)", limit, text)
+
+# %% ../nbs/21_command_line.ipynb #bc9c0a74
 SHOWN = 20  # refusals printed; the others are counted
 
 class _Refusals:
@@ -203,7 +212,7 @@ class _Refusals:
 
     def __call__(self, refused):  # an `exprag.logs.records.Refused`
         self.count += 1
-        if self.count <= SHOWN: print(f"refused: {refused}", file=sys.stderr)
+        if self.count <= SHOWN: print(f"refused: {in_options(str(refused))}", file=sys.stderr)
         if self.count == SHOWN: print("refused: further ones are only counted", file=sys.stderr)
 
 # %% ../nbs/21_command_line.ipynb #9a1f2954
@@ -441,22 +450,24 @@ def build_parser() -> argparse.ArgumentParser:
 EXPECTED = (ValueError, FileNotFoundError, KeyError, RuntimeError, OSError, ImportError)  # what
 # the library raises when input or machine is at fault
 
-# %% ../nbs/21_command_line.ipynb #1e6587c1
+# %% ../nbs/21_command_line.ipynb #969eb128
 def _in_words(error: Exception) -> str:
     "What an error says; one that says a word or nothing is named, with the way to learn more."
     quoted = isinstance(error, KeyError) and error.args  # a KeyError puts quotes round its text
-    text = str(error.args[0] if quoted else error)
+    text = in_options(str(error.args[0] if quoted else error))
     if " " in text: return text
     return (
         f"{type(error).__name__}: {text or 'nothing was said'} (--traceback shows where it came "
         "from)"
     )
 
-# %% ../nbs/21_command_line.ipynb #ccc98bf4
+# %% ../nbs/21_command_line.ipynb #e995e0cd
 def main(arguments: Sequence[str] | None = None  # None: the process's own
         ) -> int:  # exit status
     "The `exprag` command."
     given = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # half a character in an episode stops no command
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try: return given.run(given) or 0
     except KeyboardInterrupt:
         print("exprag: interrupted; run the same command again and it goes on from here",

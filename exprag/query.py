@@ -254,7 +254,7 @@ def faiss_threads(count: int):  # for the block only
     try: yield faiss
     finally: faiss.omp_set_num_threads(before)
 
-# %% ../nbs/04_query.ipynb #8d26af04
+# %% ../nbs/04_query.ipynb #1c98a44a
 class ExactIndex:
     "FAISS over (id, vector) pairs: exact inner products, filtered, with ties in a fixed order."
     DIGITS = 6  # of a score that count: the rounding of float32 shows in the seventh
@@ -269,17 +269,27 @@ class ExactIndex:
         self.rows = {id: row for row, id in enumerate(self.ids)}
         self._selector = (None, None)
 
+    def add(self, ids: Sequence[str], vectors: np.ndarray) -> None:
+        "Add pairs whose ids are new; what is found does not depend on the order of adding."
+        if not len(ids): return
+        self.rows |= {id: row for row, id in enumerate(ids, len(self.ids))}
+        self.ids += ids
+        self.flat.add(np.ascontiguousarray(vectors, np.float32))
+        self._selector = (None, None)
+
     def selector(self, allow: Iterable[str] | None):  # None: all
         "FAISS's own filter; the last one is kept, since the same one is often asked for again."
         if allow is None: return None, len(self.ids)
         allow = frozenset(allow)
-        if self._selector[0] != allow:
+        kept, found = self._selector  # read once: another thread may replace it
+        if kept != allow:
             import faiss
             mask = np.zeros(len(self.ids), bool)
             mask[[self.rows[id] for id in allow if id in self.rows]] = True
             bitmap = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
-            self._selector = allow, (bitmap, int(mask.sum()))
-        return self._selector[1]
+            found = bitmap, int(mask.sum())
+            self._selector = allow, found
+        return found
 
     def search(self, query: np.ndarray,  # float32 [dim]
                n: int,  # at most this many
@@ -318,7 +328,7 @@ def embed_missing(store: Store,
         store.put_vectors(encoder.name, key, dict(zip(part, vectors)))
     return len(missing)
 
-# %% ../nbs/04_query.ipynb #611bc1f0
+# %% ../nbs/04_query.ipynb #96ee155a
 _QUERIES_KEPT = 4096  # vectors of queries; six megabytes at 384 dimensions
 
 class Retriever:
@@ -373,9 +383,17 @@ class Retriever:
         return [id for id in self.store.find() if self._only is None or id in self._only]
 
     def fresh(self):
-        "The index, built anew if the store has changed."
-        if self._index is None or self._made_from != self.store.fingerprint():
-            self.index(self._only)
+        "The index; if the store has changed, with what is new, or built anew if episodes went."
+        if self._index is not None and self._made_from == (mark := self.store.fingerprint()):
+            return self._index
+        wanted = self.wanted() if self._index is not None else []
+        if self._index is None or not self._index.rows.keys() <= set(wanted):
+            return self.index(self._only)._index
+        new = [id for id in wanted if id not in self._index.rows]
+        embed_missing(self.store, self.encoder, self.key, new)
+        ids, vectors = self.store.get_vectors(self.encoder.name, self.key, new)
+        self._index.add(ids, vectors.reshape(len(ids), self.encoder.dim))
+        self._made_from = mark
         return self._index
 
     def __len__(self): return len(self.fresh().ids)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StoreError', 'UnknownTrajectory', 'Store', 'Added']
 
-# %% ../nbs/02_store.ipynb #e6be221a
+# %% ../nbs/02_store.ipynb #fef0be48
 import json
 import os
 import re
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from .trajectory import Task, Trajectory, canonical_json, thaw
+from .trajectory import Task, Trajectory, canonical_json, thaw, whole_text
 
 # %% ../nbs/02_store.ipynb #9ae9e5e7
 MIGRATIONS = ("""
@@ -109,7 +109,33 @@ def _migrate(connection: sqlite3.Connection,  # in autocommit mode
         connection.execute("ROLLBACK")
         raise
 
-# %% ../nbs/02_store.ipynb #d9f1690e
+# %% ../nbs/02_store.ipynb #0f2b5b59
+_OWN_VECTORS = """
+    CREATE TEMP TABLE own(encoder, key, id, vector, PRIMARY KEY(encoder, key, id));
+    CREATE TEMP VIEW vectors AS SELECT * FROM own UNION ALL SELECT * FROM main.vectors AS v WHERE
+        NOT EXISTS (SELECT 1 FROM own WHERE (encoder, key, id) = (v.encoder, v.key, v.id));
+    CREATE TEMP TRIGGER own_in INSTEAD OF INSERT ON vectors BEGIN
+        INSERT OR REPLACE INTO own VALUES (new.encoder, new.key, new.id, new.vector); END;"""
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    "Open a store that cannot be written here; vectors that it lacks stay in this process."
+    log = Path(f"{path}-wal")
+    loose = log.exists() and log.stat().st_size > 0  # changes that are not in the file itself
+    for way in ("ro", "ro" if loose else "ro&immutable=1"):
+        uri = f"{path.resolve().as_uri()}?mode={way}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            found = [connection.execute(f"PRAGMA {name}").fetchone()[0]
+                     for name in ("application_id", "user_version")]
+            if found == [APPLICATION_ID, len(MIGRATIONS)]: connection.executescript(_OWN_VECTORS)
+            break
+        except sqlite3.OperationalError as error: connection.close(); found = [str(error)]
+    if found == [APPLICATION_ID, len(MIGRATIONS)]: return connection
+    raise StoreError(f"{path} cannot be read in this place, which is read-only ({found}; ours has "
+                     f"{[APPLICATION_ID, len(MIGRATIONS)]}): copy it, with its -wal file, to a "
+                     "place that can be written, and open it there")
+
+# %% ../nbs/02_store.ipynb #b8f5eea3
 def _connect(path: Path,  # made when there is none
              timeout: float  # seconds to wait for another writer
             ) -> sqlite3.Connection:  # autocommit, WAL, fully synchronous
@@ -131,6 +157,8 @@ def _connect(path: Path,  # made when there is none
             connection.close()
             raise
     except sqlite3.Error as error:
+        if path.is_file() and not all(os.access(p, os.W_OK) for p in (path, path.parent)):
+            return _connect_to_read(path)
         raise StoreError(f"{path} cannot be opened as a store: {error}. Check the path and its "
                          "permissions; if the file is damaged, restore a copy") from error
 
@@ -146,7 +174,7 @@ def _set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #9dfc0789
+# %% ../nbs/02_store.ipynb #bf49b23a
 class Store:
     "Episodes in one SQLite file, safe for threads and processes."
     def __init__(self, path: str | os.PathLike,  # one SQLite file
@@ -163,6 +191,8 @@ class Store:
     def _open(self):
         self._connection, self._pid = _connect(self.path, self.timeout), os.getpid()
         self._lock = threading.RLock()
+        own = self._connection.execute("SELECT 1 FROM temp.sqlite_master").fetchone()
+        self.read_only = own is not None
 
     @contextmanager
     def reading(self):
@@ -179,7 +209,7 @@ class Store:
         "A transaction: on disk when the block has ended, undone if it raises."
         with self.reading() as connection:
             try:
-                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("BEGIN" if self.read_only else "BEGIN IMMEDIATE")
                 try:
                     yield connection
                     connection.execute("COMMIT")
@@ -187,17 +217,21 @@ class Store:
                     if connection.in_transaction: connection.execute("ROLLBACK")
                     raise
             except sqlite3.OperationalError as error:
+                way = ("Its place is read-only: copy it to one that can be written" if
+                       self.read_only else "Free the disk, or let the other writer finish, and do "
+                                           "it again")
                 raise StoreError(f"{self.path}: {error}; this change was undone, and all that was "
-                                 "acknowledged before is kept. Free the disk, or let the other "
-                                 "writer finish, and do it again") from error
+                                 f"acknowledged before is kept. {way}") from error
 
     def rows(self, sql: str, *values) -> list[tuple]:
         "All rows of a query."
-        with self.reading() as connection: return connection.execute(sql, values).fetchall()
+        with self.reading() as connection:
+            return connection.execute(sql, list(map(whole_text, values))).fetchall()
 
     def row(self, sql: str, *values) -> tuple | None:
         "The first row of a query."
-        with self.reading() as connection: return connection.execute(sql, values).fetchone()
+        with self.reading() as connection:
+            return connection.execute(sql, list(map(whole_text, values))).fetchone()
 
     def close(self):
         "Close the file; further use is an error."
@@ -225,7 +259,7 @@ def author_of(trajectory: Trajectory) -> str:  # '' if it is unknown
     if name is None: return ""
     return name if isinstance(name, str) else canonical_json(thaw(name)).decode("ascii")
 
-# %% ../nbs/02_store.ipynb #977774b4
+# %% ../nbs/02_store.ipynb #6ce13e4b
 def row_of(trajectory: Trajectory,
            now: float = 0.0  # when it is added, Unix seconds
           ) -> tuple:
@@ -235,9 +269,10 @@ def row_of(trajectory: Trajectory,
                         "Trajectory values (Trajectory.from_dict makes one of a record)")
     task, success = trajectory.task, trajectory.success
     record = canonical_json(trajectory.to_dict()).decode("ascii")
-    return (trajectory.id, task.world, task.type, task.variation, task.fold,
-            None if success is None else int(success), trajectory.score, len(trajectory), record,
-            author_of(trajectory), now)
+    return tuple(map(whole_text, (
+        trajectory.id, task.world, task.type, task.variation, task.fold,
+        None if success is None else int(success), trajectory.score, len(trajectory), record,
+        author_of(trajectory), now)))
 
 # %% ../nbs/02_store.ipynb #b517aeda
 def _settle(connection: sqlite3.Connection,  # inside a transaction
@@ -282,7 +317,7 @@ class Added(NamedTuple):
     added: int  # new episodes
     known: int  # episodes whose content was there before (the first provenance is kept)
 
-# %% ../nbs/02_store.ipynb #fb62f081
+# %% ../nbs/02_store.ipynb #655b97cc
 @patch
 def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a generator
              batch: int = 1000,  # episodes a transaction; each batch is kept whole or not at all
@@ -302,7 +337,7 @@ def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a genera
             if new < len(chunk): _settle(connection, chunk, self.path)
             if namespace is not None:
                 connection.executemany("INSERT OR IGNORE INTO namespaces VALUES (?, ?)",
-                                       [(namespace, row[0]) for row in chunk])
+                                       [(whole_text(namespace), row[0]) for row in chunk])
         total = Added(total.added + new, total.known + len(chunk) - new)
     return total
 
@@ -346,7 +381,7 @@ def __iter__(self: Store) -> Iterator[Trajectory]:  # in the order of their ids,
         yield from (self._read(*row) for row in rows)
         last = rows[-1][0]
 
-# %% ../nbs/02_store.ipynb #1942e264
+# %% ../nbs/02_store.ipynb #15601b42
 @patch
 def find(self: Store, world: str | None = None,  # e.g. 'scienceworld'
          types: Iterable[str] | None = None,  # task types
@@ -367,7 +402,7 @@ def find(self: Store, world: str | None = None,  # e.g. 'scienceworld'
     for column, wanted in sets.items():
         if wanted is None: continue
         where.append(f"{column} IN (SELECT value FROM json_each(?))")
-        values.append(json.dumps(sorted(wanted)))
+        values.append(json.dumps(sorted(map(whole_text, wanted))))
     bounds = {"world =": world, "success =": success, "added >=": added[0], "added <": added[1]}
     for condition, value in bounds.items():
         if value is None: continue
@@ -465,7 +500,7 @@ def vector_ids(self: Store, encoder: str, key: str) -> list[str]:  # sorted
     sql = "SELECT id FROM vectors WHERE encoder = ? AND key = ? ORDER BY id"
     return [id for id, in self.rows(sql, encoder, key)]
 
-# %% ../nbs/02_store.ipynb #630f0b70
+# %% ../nbs/02_store.ipynb #81b2662b
 @patch
 def put_texts(self: Store, key: str,  # the name of the key function
               texts: Mapping[str, str]  # by id
@@ -476,7 +511,8 @@ def put_texts(self: Store, key: str,  # the name of the key function
         connection.executemany("DELETE FROM texts WHERE key = ? AND id = ?",
                                [(key, id) for id in texts])
         insert = "INSERT INTO texts(key, id, text) SELECT ?, id, ? FROM trajectories WHERE id = ?"
-        return connection.executemany(insert, [(key, t, id) for id, t in texts.items()]).rowcount
+        return connection.executemany(
+            insert, [(key, whole_text(t), id) for id, t in texts.items()]).rowcount
 
 # %% ../nbs/02_store.ipynb #960962cd
 @patch

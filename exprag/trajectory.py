@@ -196,7 +196,13 @@ def digest(value,  # thawed JSON
     "The beginning of the SHA-256 of a value's canonical JSON."
     return hashlib.sha256(canonical_json(value)).hexdigest()[:length]
 
-# %% ../nbs/00_trajectory.ipynb #817d4ad6
+# %% ../nbs/00_trajectory.ipynb #aa14c7e6
+def whole_text(value):  # any value; what is not text is returned as it is
+    "Text with U+FFFD for every lone surrogate (half a character), which UTF-8 cannot hold."
+    if not isinstance(value, str) or value.isascii(): return value
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+# %% ../nbs/00_trajectory.ipynb #41ce7f58
 @dataclass(frozen=True)
 class Trajectory:
     "One episode, finished (`score` is a number) or not (`score` is None)."
@@ -233,7 +239,8 @@ class Trajectory:
     def __bool__(self): return True
     def __repr__(self):
         ended = "unfinished" if self.score is None else f"score {self.score:g}"
-        return f"Trajectory({self.task}, {len(self)} steps, {ended}, id {self.id[:8]})"
+        task = whole_text(str(self.task))
+        return f"Trajectory({task}, {len(self)} steps, {ended}, id {self.id[:8]})"
 
     def _repr_html_(self): return self.table().html()
 
@@ -417,7 +424,7 @@ def known(value,  # what was asked for
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
     raise ValueError(f"unknown {what} {value!r}{hint} The {len(valid)} known: {', '.join(valid)}")
 
-# %% ../nbs/00_trajectory.ipynb #dc058470
+# %% ../nbs/00_trajectory.ipynb #7ef4e130
 @dataclass(frozen=True)
 class Table:
     "Rows of text that show themselves as plain text, Markdown or HTML."
@@ -425,6 +432,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
     right: bool = True  # columns after the first are aligned to the right
+
+    def __post_init__(self):  # what is shown can be printed
+        def whole(line): return tuple(map(whole_text, line))
+        object.__setattr__(self, "header", whole(self.header))
+        object.__setattr__(self, "rows", tuple(map(whole, self.rows)))
+        object.__setattr__(self, "caption", whole_text(self.caption))
 
     def __str__(self):
         lines = [[" ".join(c.split()) for c in line] for line in (self.header, *self.rows)]

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Hit', 'Cursor', 'Experience', 'to_messages', 'from_messages', 'register_view', 'render', 'TokenCount', 'view_costs']
 
-# %% ../nbs/03_views.ipynb #cff32ef4
+# %% ../nbs/03_views.ipynb #3db2921a
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .trajectory import FrozenMap, Step, Task, Trajectory, TrajectoryError, thaw
+from .trajectory import (
+    FrozenMap, Step, Task, Trajectory, TrajectoryError, thaw, whole_text)
 from .world import load_object
 
 # %% ../nbs/03_views.ipynb #f3a322c9
@@ -287,13 +288,13 @@ def load_view(name: str  # 'chat', 'actions', 'numbered', a registered one, or '
                          "yours with register_view()")
     return _VIEWS[name]
 
-# %% ../nbs/03_views.ipynb #56aaa23b
+# %% ../nbs/03_views.ipynb #8a1dabb7
 def render(experience: Experience | Trajectory,
            view: str = "actions"  # for experience that does not name its own
           ) -> str:
     "The text of an experience."
     experience = Experience.of(experience)
-    return load_view(experience.view or view)(experience)
+    return whole_text(load_view(experience.view or view)(experience))
 
 # %% ../nbs/03_views.ipynb #c41deef4
 def sources(experience: Experience, view: str = "actions") -> tuple[str, ...]:  # ids of episodes

@@ -24,19 +24,50 @@ from .approximate import INDEX_MARK, index_fault
 from ..store import COLUMNS, Added, Store, StoreError, UnknownTrajectory, row_of
 from ..trajectory import FrozenMap, Trajectory
 
-# %% ../../nbs/memory/11_maintenance.ipynb #aedb8075
+# %% ../../nbs/memory/11_maintenance.ipynb #b5e635e4
 PATTERNS = FrozenMap({  # each bounded, so that the time is linear in the length of a text
-    "email": r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}",
-    "key": (r"\b(?:(?:sk|pk|rk)-[\w-]{16,}|gh[pousr]_\w{20,}|hf_\w{20,}|AKIA[0-9A-Z]{16}\b"
-            r"|xox[abprs]-[\w-]{10,})"),
+    "email": (r"(?<![\w.+-])(?!(?:git|hg|svn)@)[\w.+-]{1,64}@"  # not a login of git,
+              r"(?!v?\d+\.(?:\d|x\b|alpha|beta|rc|dev|pre|next|canary)|\d+x\.)"  # not a version,
+              r"[\w-]{1,63}(?:\.[\w-]{1,63}){0,7}\.[^\W\d_][\w-]{1,62}+"
+              r"(?!:[\w~./-]{1,200}\.git\b)"),
+    "key": (r"\b(?:(?:sk|pk|rk)-(?:(?=[\w-]{0,200}\d)[\w-]{16,}|\w{20,})|gh[pousr]_\w{20,}"
+            r"|hf_\w{20,}|AKIA[0-9A-Z]{16}\b|xox[abprs]-[\w-]{10,})"),
     "bearer": r"(?i)\bbearer\s{1,4}[\w.~+/=-]{16,}",
     "private key": (r"(?s)-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----.*?"
                     r"(?:-----END [A-Z ]{0,30}PRIVATE KEY-----|\Z)"),
     "address": r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)",
-    "card": r"(?<![\d.])(?:\d{4}[ -]?){3}\d{4}(?!\d)",
+    "card": (r"(?<![\w.])(?<![0-9A-Fa-f]{4}-)(?:[2-6]\d{3}([ -]?)\d{4}\1\d{4}\1\d{4}"
+             r"|3[47]\d\d([ -]?)\d{6}\2\d{5})(?!\w|-\d)"),
 })
 
-# %% ../../nbs/memory/11_maintenance.ipynb #d550272d
+# %% ../../nbs/memory/11_maintenance.ipynb #92a7c1d8
+_VERSION_BEFORE = re.compile(
+    r"(?:(?i:(?:version|release|build|revision|firmware|\bver|\brev)\w{0,12}\W{0,8}"
+    r"|\b(?:up|down)grad\w{1,4}\s(?:[\w.-]{1,40}\s)?|\bbump\w{0,4}\s(?:[\w.-]{1,40}\s)?)"
+    r"(?:(?i:is|of|to|from|no|number|now)\b\W{1,3}|v?\d+(?:\.\d+){1,4}\W{1,3}(?:(?:to|and|or)\W)?)"
+    r"{0,3}|[=<>!~^]=\s?|[~^]|\b[vV]|[A-Za-z]-|\b[A-Z]\w{1,30}/)$")
+_VERSION_AFTER = re.compile(
+    r"(?i)[-+._]?(?:alpha|beta|rc|dev|post|pre|snapshot)"
+    r"|\.(?:tar|tgz|zip|whl|jar|deb|rpm|exe|msi|nupkg)\b")
+
+# %% ../../nbs/memory/11_maintenance.ipynb #b356d984
+def is_address(found: re.Match) -> bool:
+    "Whether four numbers can be a network address and the text does not call them a version."
+    before = found.string[max(0, found.start() - 120):found.start()]
+    byte = all(int(part) < 256 for part in found.group().split("."))
+    version = _VERSION_BEFORE.search(before) or _VERSION_AFTER.match(found.string, found.end())
+    return byte and not version
+
+# %% ../../nbs/memory/11_maintenance.ipynb #34cea84b
+def is_card(found: re.Match) -> bool:
+    "Whether the digits have the check sum of a card's number (Luhn's)."
+    digits = [int(c) for c in reversed(found.group()) if c.isdigit()]
+    return sum(d if i % 2 == 0 else d * 2 - 9 * (d > 4) for i, d in enumerate(digits)) % 10 == 0
+
+# %% ../../nbs/memory/11_maintenance.ipynb #76242e76
+_MEANT = {PATTERNS["address"]: is_address, PATTERNS["card"]: is_card}  # by pattern
+
+# %% ../../nbs/memory/11_maintenance.ipynb #570c69b8
 @dataclass(frozen=True)
 class Redactor:
     "Removes what a pattern matches, wherever it is in an episode, and counts it."
@@ -57,13 +88,19 @@ class Redactor:
              counts: Counter  # is added to
             ) -> str:
         "The text without what must not be kept."
+        def swap(found):
+            if not self.meant(found): return found.group()
+            counts[name] += 1
+            return f"[{name} removed]"
         for _ in range(10):  # what was removed may have hidden where a word begins
             before = text
-            for name, pattern in self._compiled.items():
-                text, found = pattern.subn(f"[{name} removed]", text)
-                if found: counts[name] += found
+            for name, pattern in self._compiled.items(): text = pattern.sub(swap, text)
             if text == before: break
         return text
+
+    def meant(self, found: re.Match) -> bool:
+        "Whether what a pattern has found is what the pattern is for."
+        return found.re.pattern not in _MEANT or _MEANT[found.re.pattern](found)
 
     def value(self, value, counts: Counter):  # any JSON value
         "The same value with every text in it redacted, the names of fields too."
@@ -79,7 +116,8 @@ class Redactor:
         record, counts = trajectory.to_dict(), Counter()
         task, _, schema = record.pop("task"), record.pop("id"), record.pop("schema")
         for part, text in task.items():
-            if found := [name for name, p in self._compiled.items() if p.search(text)]:
+            if found := [name for name, p in self._compiled.items()
+                         if any(map(self.meant, p.finditer(text)))]:
                 raise ValueError(
                     f"the {part} of a task holds what pattern {found[0]!r} removes; "
                     "tasks are not rewritten, since they decide what is excluded: name "
@@ -172,13 +210,14 @@ class Finding:
     remedy: str  # what was done, or what to do
     mended: bool = False
 
-# %% ../../nbs/memory/11_maintenance.ipynb #2f542e32
+# %% ../../nbs/memory/11_maintenance.ipynb #ce9a17ad
 @dataclass(frozen=True)
 class Diagnosis:
     "What a check found."
     path: Path = field(repr=False)
     findings: tuple[Finding, ...] = ()
     episodes: int = 0  # in the store
+    read_only: bool = False  # it could not be written here
 
     @property
     def ok(self) -> bool:
@@ -187,6 +226,7 @@ class Diagnosis:
 
     def __repr__(self):
         found = f"{len(self.findings)} findings" if self.findings else "nothing wrong"
+        if self.read_only: found += " (read-only here: the full-text index was not checked)"
         lines = [f"{'mended' if f.mended else 'WRONG ':6}  {f.part}: {f.what}; {f.remedy}"
                  for f in self.findings]
         return "\n".join([f"{self.path.name}: {self.episodes} episodes, {found}", *lines])
@@ -240,10 +280,11 @@ def _check_records(store: Store, mend: bool) -> list[Finding]:
         found.append(_finding("columns", what, "written again from the records", mend))
     return found
 
-# %% ../../nbs/memory/11_maintenance.ipynb #3aafd511
+# %% ../../nbs/memory/11_maintenance.ipynb #55f90aa9
 _BELONGS = {  # table to the column that names an episode
     "vectors": "id", "texts": "id", "namespaces": "id", "usage": "id",
     "place_vectors": "id",  # of exprag.memory.in_episode
+    "receipt_reads": "id",  # of exprag.memory.chat_memory
     "insight_sources": "episode"}  # of exprag.memory.insights
 
 def _check_orphans(store: Store, mend: bool) -> list[Finding]:
@@ -292,9 +333,10 @@ def _check_vectors(store: Store, mend: bool) -> list[Finding]:
         found.append(_finding("vectors", what, "removed; they are made again when needed", mend))
     return found
 
-# %% ../../nbs/memory/11_maintenance.ipynb #cf066e92
+# %% ../../nbs/memory/11_maintenance.ipynb #72910b80
 def _check_words(store: Store, mend: bool) -> list[Finding]:
-    "Whether the full-text index says what the texts say."
+    "Whether the full-text index says what the texts say; SQLite checks it by a write."
+    if store.read_only: return []
     def sound():
         try:
             with store.writing() as connection:
@@ -340,7 +382,7 @@ def _check_indexes(store: Store, mend: bool,
         found.append(_finding("index files", f"{path.name}: {wrong}", done, mend))
     return found
 
-# %% ../../nbs/memory/11_maintenance.ipynb #85a8db96
+# %% ../../nbs/memory/11_maintenance.ipynb #6b0b8647
 _CHECKS = (_check_pages, _check_records, _check_orphans, _check_vectors, _check_words,
            _check_unfinished)
 
@@ -363,7 +405,7 @@ def check(path: str | os.PathLike,  # of a store
                                                        "what can be read"))
         try: count = len(store)
         except sqlite3.DatabaseError: pass  # already among the findings
-    return Diagnosis(path, tuple(dict.fromkeys(findings)), count)
+    return Diagnosis(path, tuple(dict.fromkeys(findings)), count, store.read_only)
 
 # %% ../../nbs/memory/11_maintenance.ipynb #dff33095
 def salvage(path: str | os.PathLike,  # of the damaged store
