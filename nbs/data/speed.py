@@ -3,7 +3,7 @@
     python nbs/data/speed.py OUT.json [--model smollm2] [--threads 2] [--rounds 3] [--act N]
 
 Each measurement is a process of its own, so that its memory is its own; the arms take turns. Acting:
-ours, and a loop that calls `generate` anew for every action. Training: ours, TRL's `SFTTrainer`, and
+ours, and a loop that calls `generate` anew for every action (measured at every fourth step). Training: ours, TRL's `SFTTrainer`, and
 the same with its packing (they need `pip install trl`). Number format float32, no checkpointing.
 """
 import argparse
@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+EVERY = 4  # steps: which of them `generate` takes, for the sake of time
 ARMS = {"act": ("ours", "generate"), "train": ("ours", "TRL", "TRL, packing")}
 
 
-def episodes(count: int, steps: int):
-    "Expert episodes of ScienceWorld with at most so many steps, the first ones of the sample."
+def episodes(count: int, fewest: int, steps: int):
+    "Expert episodes of ScienceWorld of so many steps, the first ones of the sample."
     from exprag.trajectory import read_jsonl
     found = [t for t in read_jsonl(HERE / "sample.jsonl")[0] if t.success]
-    return [t for t in found if 5 <= len(t) <= steps][:count]
+    return [t for t in found if fewest <= len(t) <= steps][:count]
 
 
 def act(arm: str, model: str, count: int) -> dict:
@@ -34,8 +35,8 @@ def act(arm: str, model: str, count: int) -> dict:
     from exprag.models.local import HFPolicy
     from exprag.models.templates import answer_of
     policy = HFPolicy.from_pretrained(model, batch_size=8, max_new_tokens=24)
-    played, said, begun = episodes(count, 16), [], time.perf_counter()
-    for n in range(max(map(len, played))):
+    played, said, begun = episodes(count, 16, 40), [], time.perf_counter()
+    for n in range(0, max(map(len, played)), 1 if arm == "ours" else EVERY):
         now = [(i, replace(t.opening(), steps=t.steps[:n]))
                for i, t in enumerate(played) if len(t) > n]
         if arm == "ours":
@@ -58,7 +59,7 @@ def training(model: str):
     from exprag.samples import SFTConfig, make_samples
     from exprag.sft import load_tokenizer
     encoder = encoder_for(load_tokenizer(find_model(model)))
-    several = episodes(12, 40)
+    several = episodes(12, 5, 40)
     return several, encoder, make_samples(several, encoder), SFTConfig.named(
         "smollm2", max_steps=3, batch=4, warmup=0, schedule="constant")
 
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--act", type=int, default=8, help="episodes to act in")
+    parser.add_argument("--what", choices=tuple(ARMS), help="only this")
     parser.add_argument("--only", nargs=2, metavar=("WHAT", "ARM"))
     given = parser.parse_args()
     if given.only:
@@ -134,6 +136,7 @@ def main() -> None:
     rows = []
     for turn in range(given.rounds):
         for what, arms in ARMS.items():
+            if given.what not in (None, what): continue
             for arm in arms if turn % 2 else arms[::-1]:
                 part = given.out.with_suffix(".part")
                 command = [sys.executable, __file__, str(part), "--only", what, arm]
