@@ -46,10 +46,10 @@ from .views import Experience, TokenCount
 from .world import Panel, load_object, load_world, spread
 from .worlds.collecting import CollectOptions, CollectReport, collect
 
-# %% ../nbs/23_reproduce.ipynb #1125f2ca
+# %% ../nbs/23_reproduce.ipynb #a09f4d40
 @dataclass(frozen=True)
 class Place:
-    "Where a plan runs, and with what; its results are the same whatever stands here."
+    "Where a plan runs, and with what; no part of the plan (though devices may round otherwise)."
     folder: Path  # everything of the plan
     device: str | None = None  # e.g. 'cuda'; None: where there is one, else the CPU
     batch_size: int = 8  # episodes at once

@@ -274,17 +274,17 @@ def row_of(trajectory: Trajectory,
         None if success is None else int(success), trajectory.score, len(trajectory), record,
         author_of(trajectory), now)))
 
-# %% ../nbs/02_store.ipynb #b517aeda
+# %% ../nbs/02_store.ipynb #86e40a36
 def _settle(connection: sqlite3.Connection,  # inside a transaction
             rows: list[tuple],  # as `row_of` makes them
             path: Path):  # for the messages
-    "Compare what was offered with what was there: fill in an outcome, refuse a contradiction."
+    "Compare what was offered with what was there: fill in what was unknown, refuse the rest."
     offered = {}
     for row in rows: offered.setdefault(row[0], []).append(row)
-    there = connection.execute("SELECT id, record, fold, score, success FROM trajectories "
+    there = connection.execute("SELECT id, record, author, fold, score, success FROM trajectories "
                                "WHERE id IN (SELECT value FROM json_each(?))",
                                [json.dumps(list(offered))])
-    for id, record, *kept in there.fetchall():
+    for id, record, author, *kept in there.fetchall():
         for row in offered[id]:
             given = [row[4], row[6], row[5]]
             for name, old, new in zip(("fold", "score", "success"), kept, given):
@@ -295,20 +295,24 @@ def _settle(connection: sqlite3.Connection,  # inside a transaction
                         f"this batch was kept. Find out which is right; delete({id!r}) removes "
                         "the old one")
             merged = [new if old is None else old for old, new in zip(kept, given)]
-            if merged == kept: continue
-            kept = merged
-            record = row[8] if merged == given else _with_outcome(record, *merged[1:])
-            author = row[9] if record == row[8] else None  # of who finished it
+            if merged == kept and (author or not row[9]): continue
+            whole = merged == given and merged != kept  # it was finished by who offers it now
+            if whole: record = row[8]
+            else: record = _with_outcome(record, *merged[1:], author or row[9])
+            kept, author = merged, row[9] if whole else author or row[9]
             connection.execute("UPDATE trajectories SET score = ?, success = ?, record = ?, "
-                               "author = coalesce(?, author) WHERE id = ?",
-                               [*merged[1:], record, author, id])
+                               "author = ? WHERE id = ?", [*merged[1:], record, author, id])
 
-# %% ../nbs/02_store.ipynb #1ef0d6b2
+# %% ../nbs/02_store.ipynb #ba405cf1
 def _with_outcome(record: str,  # of an episode, as JSON
-                  score: float | None, success: int | None) -> str:
-    "The same record with another outcome."
-    success = None if success is None else bool(success)
-    changed = {**json.loads(record), "score": score, "success": success}
+                  score: float | None, success: int | None,
+                  author: str) -> str:  # '' if it is unknown
+    "The same record with another outcome, and with an author if it had none."
+    changed = {**json.loads(record), "score": score}
+    changed["success"] = None if success is None else bool(success)
+    about = changed.get("provenance", {})
+    if author and not {"author", "actor"} & set(about):
+        changed["provenance"] = {**about, "author": author}
     return canonical_json(changed).decode("ascii")
 
 # %% ../nbs/02_store.ipynb #6eba2c6b

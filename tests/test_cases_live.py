@@ -347,7 +347,7 @@ def test_what_cannot_be_recalled_says_why(store):
     memory = memory_of(store)
     with pytest.warns(UserWarning, match=r"no episode is of world 'chat'; there are \['desk'\].*adopt"):
         assert not len(memory.recall([user("Where is parcel 9?")]))
-    with pytest.warns(UserWarning, match=r"by \[''\], and 'me' trusts none of them"):
+    with pytest.warns(UserWarning, match=r"by an unknown author, and 'me' trusts none of them"):
         assert not len(memory_of(store, world="desk").recall([user("Where is parcel 9?")]))
     with warnings.catch_warnings():  # what others have is not said
         warnings.simplefilter("error")
@@ -569,3 +569,67 @@ def test_a_retriever_takes_in_what_is_new_and_answers_as_one_made_anew(store):
     narrow = Retriever(store, Letters()).index([some[0].id, some[1].id])
     store.add(episode(14))
     assert {h.id for h in narrow.search(asked, 30)} == {some[0].id, some[1].id}
+
+
+class Chain:
+    "As LangChain's messages: a type, and no role."
+    def __init__(self, type, content, **more): self.fields = {"type": type, "content": content, "additional_kwargs": {}, "id": None, **more}
+    def model_dump(self): return self.fields
+
+
+CHAIN = [Chain("system", "Be brief."), Chain("human", "Where is parcel 7?"), Chain("ai", "", tool_calls=[{"name": "find", "args": {"n": 7}, "id": "c1", "type": "tool_call"}]),
+         Chain("tool", "depot B", tool_call_id="c1", name="find"), Chain("ai", "In depot B.", tool_calls=[])]
+
+
+def test_messages_of_langchain_are_the_same_conversation(store):
+    memory = ChatMemory(store, Letters(), "me")
+    kept = memory.record(CHAIN, True)
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"n": 7}'}}
+    usual = [{"role": "system", "content": "Be brief."}, user("Where is parcel 7?"), agent("", tool_calls=[call]),
+             {"role": "tool", "tool_call_id": "c1", "name": "find", "content": "depot B"}, agent("In depot B.")]
+    assert kept.id == episode_of(usual).id and as_messages(CHAIN) == usual
+    assert OPENS in memory.augment([Chain("human", "Where is parcel 8?")])[0]["content"]
+    picture = [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    assert as_messages([Chain("human", picture)]) == [{"role": "user", "content": picture}]
+    with pytest.raises(TrajectoryError, match="without a role"): as_messages([Chain("remove", "")])
+
+
+def test_messages_of_the_real_langchain(store):
+    core = pytest.importorskip("langchain_core.messages", reason="needs LangChain: pip install langchain-core")
+    call = {"name": "find", "args": {"n": 7}, "id": "c1"}
+    asked = [core.HumanMessage("Where is parcel 7?"), core.AIMessage("", tool_calls=[call]), core.ToolMessage("depot B", tool_call_id="c1"), core.AIMessage("In depot B.")]
+    made = as_messages(asked)
+    assert episode_of(asked).actions == ('find({"n": 7})', "In depot B.")
+    back = core.convert_to_messages(made)
+    assert [type(m) for m in back] == [type(m) for m in asked] and back[1].tool_calls[0]["args"] == {"n": 7}
+
+
+def test_an_author_can_be_added_to_what_was_imported_without_one(tmp_path, store):
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"messages": [*ASK, *DONE], "ok": True}) + "\n")
+    command = ["import", str(log), "--store", str(store.path), "--success", "ok"]
+    memory = ChatMemory(store, Letters(), "me")
+    assert main(command) == 0
+    with pytest.warns(UserWarning, match="by an unknown author, and 'me' trusts none"): assert len(memory.recall(ASK)) == 0
+    assert main([*command, "--author", "me"]) == 0 and len(memory.recall(ASK)) == 1
+    assert main([*command, "--author", "you"]) == 0  # the first one stays
+    found, = store.find()
+    assert store.get(found).provenance["author"] == "me" and store.find(authors=["me"]) == [found]
+
+
+@pytest.mark.parametrize("how", ["adopt", "record"])
+def test_what_has_no_author_becomes_that_of_who_records_it(store, how):
+    store.add(replace(episode_of([*ASK, *DONE]), success=False, score=0.0))
+    memory = ChatMemory(store, Letters(), "me")
+    if how == "record": memory.record([*ASK, *DONE], True)
+    else: memory.adopt([replace(episode_of([*ASK, *DONE]), success=True)])
+    kept = store.get(store.find()[0])
+    assert kept.provenance["author"] == "me" and kept.success is True and len(memory.recall(ASK)) == 1
+
+
+def test_unknown_outcomes_are_said_to_be_the_reason(store):
+    memory = ChatMemory(store, Letters(), "me")
+    memory.adopt([episode_of([*ASK, *DONE])])
+    with pytest.warns(UserWarning, match="nobody has said how the nearest episodes ended.*--success"): assert len(memory.recall(ASK)) == 0
+    memory.record([*ASK, *DONE], False)
+    with warnings.catch_warnings(): warnings.simplefilter("error"); ChatMemory(store, Letters(), "me").recall(ASK)  # a failure is no fault

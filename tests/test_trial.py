@@ -558,3 +558,35 @@ class TestCommandLine:
             assert main(["trial", name]) == 1 and said in capsys.readouterr().err
         Path("little.toml").write_text('tasks = "tasks.jsonl"\n')
         assert main(["trial", "little.toml"]) == 1 and "command is missing" in capsys.readouterr().err
+
+
+def test_augment_knows_the_arm_and_writes_nothing(memory):
+    asked = [{"role": "system", "content": "Deploy."}, {"role": "user", "content": "Deploy service 3."}]
+    rows = lambda: memory.store.rows("SELECT count(*) FROM receipts")[0]
+    before = rows(), memory.store.fingerprint()
+    for mode in ARMS:
+        arm = memory.arm(mode, seed=1)
+        made = arm.augment(asked)
+        assert bool(made.block) == (mode != "off") and bool(arm.shown) == (mode != "off") and made.receipt is None
+        later = arm.augment([*made, {"role": "assistant", "content": "deploy"}, {"role": "user", "content": "Failed."}], "mine")
+        assert len(later) == 4 and (later[0]["content"] != "Deploy.") == (mode != "off")
+        assert arm.augment([*made, {"role": "assistant", "content": "deploy"}]).block == made.block  # pinned
+        assert arm.record([*asked, {"role": "assistant", "content": "x"}], True) is None and arm.settle("mine", True) is None
+        assert arm.adopt([]) == [] and arm.within(None).mode == mode
+    assert (rows(), memory.store.fingerprint()) == before
+
+
+def test_a_wrapped_client_in_a_trial_reads_what_its_arm_may(memory):
+    from exprag.memory.clients import wrap
+    sent = []
+    class Completions:
+        def create(self, **request):
+            sent.append(request["messages"])
+            return {"choices": [{"message": {"role": "assistant", "content": "deploy 3 --north"}}]}
+    class Chat: completions = Completions()
+    class Client: chat = Chat()
+    for mode in ("off", "on"):
+        client = wrap(Client(), memory.arm(mode))
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Deploy service 3."}])
+        client.record(True)
+    assert len(sent[0]) == 1 and len(sent[1]) == 2 and "--north" in sent[1][0]["content"]

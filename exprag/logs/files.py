@@ -209,7 +209,7 @@ def span_record(trajectory: Trajectory, keep: bool = True,
         root["attributes"].append({"key": _KEPT_ATTRIBUTE, "value": to_any(kept)})
     return export
 
-# %% ../../nbs/logs/04_files.ipynb #e6074c22
+# %% ../../nbs/logs/04_files.ipynb #685ceb46
 def _fitting(record: Mapping) -> list[str]:
     "The formats that a record fits."
     def first(name):
@@ -224,15 +224,15 @@ def _fitting(record: Mapping) -> list[str]:
     spoken = any("role" in a for a in answers) and not asked
     sharegpt = "agentinstruct" if "loss" in turn else "sharegpt"
     if "item_id" in keys: sharegpt = "agentgym"
-    told = any("from" in a for a in answers) and not asked
+    answered = any("from" in a for a in answers) and not asked
     spans = bool({"resourceSpans", "resourceLogs"} & keys)
     fits = {"exprag": {"schema", "task", "steps"} <= keys, "otel": spans,
             "openai": "messages" in keys or "role" in turn or pair or spoken,
             "turns": {"role", "content"} <= keys and bool(keys & set(_SESSIONS)),
-            sharegpt: "from" in turn or told}
+            sharegpt: "from" in turn or answered}
     return [name for name, fit in fits.items() if fit]
 
-# %% ../../nbs/logs/04_files.ipynb #1661b4ef
+# %% ../../nbs/logs/04_files.ipynb #ea69056f
 def detect(record) -> str:  # a name in `NAMES`
     "The format of a record; an error that says what was seen if it could be several or none."
     if name := agent_format(record): return name
@@ -249,7 +249,8 @@ def detect(record) -> str:  # a name in `NAMES`
     elif isinstance(record, Mapping):
         seen = f"has {', '.join(sorted(map(str, record)))[:200] or 'no fields'}"
     raise TrajectoryError(f"the record {seen}, which fits {' and '.join(found) or 'no format'}; "
-                          f"say which it is: format= one of {', '.join(NAMES)}")
+                          f"say which it is (format= one of {', '.join(READABLE)}), or where "
+                          "the turns lie (turns=, such as values.messages)")
 
 # %% ../../nbs/logs/04_files.ipynb #f88c7a7b
 _FOLDS = FrozenMap({"train": "train", "validation": "dev", "valid": "dev", "dev": "dev",
@@ -350,9 +351,9 @@ def _found(path: str | os.PathLike, format: str | None, refused: Report | None, 
             if not os.path.isdir(path): raise
             reading.refuse("record", 0, "", f"cannot be read: {error}")
 
-# %% ../../nbs/logs/04_files.ipynb #e982427f
+# %% ../../nbs/logs/04_files.ipynb #83401ec9
 def read_log(path: str | os.PathLike,  # a file, a folder, a pipe, or '-' for standard input
-             format: str | None = None,  # a name in `NAMES`; None: the first record decides
+             format: str | None = None,  # a name in `READABLE`; None: the first record decides
              refused: Report | None = None,  # e.g. problems.append; None: a bad record is an error
              options: Options = Options(),  # tasks, scores, goals, preamble
              encodings: Iterable[str] = ("utf-8",),  # tried in this order, record by record
@@ -442,10 +443,10 @@ def _lines_of(trajectory: Trajectory, format: str, keep: bool, taken: dict) -> I
         if key := record.pop("turns_key", None): record = {key: record.pop("messages"), **record}
         yield record
 
-# %% ../../nbs/logs/04_files.ipynb #03b166b8
+# %% ../../nbs/logs/04_files.ipynb #558baff4
 def write_log(trajectories: Iterable[Trajectory],  # may be a generator
               path: str | os.PathLike,  # .jsonl, .json or .parquet; .gz or .xz may follow
-              format: str = "openai",  # a name in `NAMES`
+              format: str = "openai",  # a name in `WRITABLE`
               keep: bool = True  # False: only what the format itself can hold
              ) -> int:  # how many episodes
     "Write episodes in any known format; the file appears whole or not at all."

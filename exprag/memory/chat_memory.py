@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['episode_of', 'control_tokens', 'Receipt', 'Augmented', 'ChatMemoryOptions', 'ChatMemory']
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #fbbfb3ce
+# %% ../../nbs/memory/14_chat_memory.ipynb #233b8abf
 import asyncio
 import re
 import threading
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from ..logs.messages import CHAT, chat_task, read_conversation, write_conversation
 from ..logs.messages import text_of as strict_text_of
+from ..logs.turns import tool_call
 from .curation import Trust, make_room, trusted
 from .maintenance import Erased, Redactor, erase
 from ..prompt import PlainText, PromptFormat
@@ -39,15 +40,29 @@ def plain(value):  # JSON, or an object of a client's library
     fields = plain(value.model_dump())
     return {k: v for k, v in fields.items() if v is not None or k == "content"}
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #642c568b
+# %% ../../nbs/memory/14_chat_memory.ipynb #cccfd3e7
+_LANGCHAIN = FrozenMap({  # the type of a message of LangChain or LangGraph -> its role
+    "human": "user", "HumanMessageChunk": "user", "ai": "assistant", "AIMessageChunk": "assistant",
+    "system": "system", "tool": "tool", "ToolMessageChunk": "tool"})
+
+def _openai_turn(message):
+    "A message of LangChain as OpenAI writes it; anything else as it is."
+    if not isinstance(message, dict) or "role" in message: return message
+    if (role := _LANGCHAIN.get(message.get("type"))) is None: return message
+    made = {"role": role, "content": message.get("content")}
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = [tool_call(call, "tool_calls") for call in calls]
+    return {**made, **{k: message[k] for k in ("tool_call_id", "name") if message.get(k)}}
+
+# %% ../../nbs/memory/14_chat_memory.ipynb #6a870719
 def as_messages(messages: Iterable) -> list[dict]:
     "Messages as dicts, whether they are dicts or objects of a client's library."
-    made = [plain(m) for m in messages]
+    made = [_openai_turn(plain(m)) for m in messages]
     for number, m in enumerate(made, 1):
         if not isinstance(m, dict) or not isinstance(m.get("role"), str):
             raise TrajectoryError(
                 f"message {number} is {str(m)[:60]!r}, a {type(m).__name__} without a role: give "
-                "dicts with role and content, or message objects as OpenAI's client returns them")
+                "dicts with role and content, or message objects of OpenAI's client or LangChain")
     return made
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #5d062d2d
@@ -329,7 +344,7 @@ class ChatMemory:
                              "erased. Use a memory of the right namespace")
         return erase(self.store, ids)
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #b60e1086
+# %% ../../nbs/memory/14_chat_memory.ipynb #80448ba6
 @patch
 def _recall(self: ChatMemory, now: Trajectory) -> Selection:
     "What the memory has for an episode; the first time that a setting leaves nothing, it is said."
@@ -341,8 +356,14 @@ def _recall(self: ChatMemory, now: Trajectory) -> Selection:
         "(SELECT id FROM namespaces WHERE name = ?)", place, place))
     if selection.dropped and all(d.stage == "trusted" for d in selection.dropped):
         names = sorted({author_of(d.experience.trajectory) for d in selection.dropped})
-        why = (f"what was found is by {names}, and {self.author!r} trusts none of them; "
-               "ChatMemoryOptions(trust=Trust({name: 'trusted'})) does")
+        said = ", ".join(repr(name) if name else "an unknown author" for name in names)
+        why = (f"what was found is by {said}, and {self.author!r} trusts none of them; "
+               "ChatMemoryOptions(trust=Trust({name: 'trusted'})) does, or adopt() the episodes")
+    elif any(d.stage == "successes_only" and d.experience.trajectory.success is None
+             for d in selection.dropped):
+        why = ("nobody has said how the nearest episodes ended, and only successes are shown: "
+               "import them with --success or --score, record() says it of a conversation, and "
+               "ChatMemoryOptions(stages=(top_k(2),)) shows them all")
     elif worlds and not selection.dropped and now.task.world not in worlds:
         why = (f"no episode is of world {now.task.world!r}; there are {worlds}. Read one of them "
                "with ChatMemoryOptions(world=...), or adopt() the episodes")
@@ -442,7 +463,7 @@ def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conve
                 [int(before is None), gain - (before or 0.0), stamp, found.id])
     return found
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #17fd69ca
+# %% ../../nbs/memory/14_chat_memory.ipynb #ab83609b
 @patch
 def _keep(self: ChatMemory, made: Trajectory,
           wanted: bool  # False: only correct what is there
@@ -452,16 +473,19 @@ def _keep(self: ChatMemory, made: Trajectory,
     if made.id in self.store:
         old, here = self.store.get(made.id), self.store.row(
             "SELECT 1 FROM namespaces WHERE name = ? AND id = ?", place or "", made.id)
-        if author_of(old) != self.author or (place is not None and not here):
+        foreign = author_of(old) not in ("", self.author)  # what has no author becomes ours
+        if foreign or (place is not None and not here):
             made = replace(made, success=old.success, score=old.score)
-        elif None not in (old.success, made.success) and old.success != made.success:
-            outcomes = [*old.provenance.get("outcomes", [old.success])[-9:], made.success]
-            made = replace(old, success=made.success, score=made.score,
-                           provenance={**old.provenance, "outcomes": outcomes})
+        elif made.success is not None and old.success != made.success:
+            about, past = {**old.provenance, "author": self.author}, [old.success]
+            past = [x for x in old.provenance.get("outcomes", past)[-9:] if x is not None]
+            if past: about["outcomes"] = [*past, made.success]
+            made = replace(old, success=made.success, score=made.score, provenance=about)
             record = canonical_json(made.to_dict()).decode("ascii")
             with self.store.writing() as connection:
-                connection.execute("UPDATE trajectories SET success = ?, score = ?, record = ? "
-                                   "WHERE id = ?", [made.success, made.score, record, made.id])
+                connection.execute(
+                    "UPDATE trajectories SET success = ?, score = ?, record = ?, author = ? WHERE "
+                    "id = ?", [made.success, made.score, record, self.author, made.id])
     if wanted: self.store.add_many([made], namespace=place)
     return made if wanted else None
 

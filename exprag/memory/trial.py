@@ -6,7 +6,7 @@
 __all__ = ['TEXT_LIMIT', 'ARMS', 'ANSWERS', 'TrialError', 'TrialTask', 'read_tasks', 'Design', 'schedule', 'MemorySettings',
            'ArmMemory', 'TrialMemory', 'Run', 'RunFile', 'confidence_sequence', 'decide', 'Trial', 'run_trial']
 
-# %% ../../nbs/memory/16_trial.ipynb #817fb009
+# %% ../../nbs/memory/16_trial.ipynb #0e3483d0
 import fcntl
 import json
 import os
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation import RandomRetriever
-from .chat_memory import ChatMemory, ChatMemoryOptions, memory_block
+from .chat_memory import ChatMemory, ChatMemoryOptions, Receipt, memory_block
 from .curation import Trust
 from .maintenance import Redactor
 from ..query import Retriever, SentenceEncoder
@@ -28,7 +28,7 @@ from ..results import sync_directory, whole_lines
 from ..select import Selection, Stage, successes_only, top_k
 from ..statistics import Interval
 from ..store import Store
-from ..trajectory import canonical_json, digest, known, same_task
+from ..trajectory import Trajectory, canonical_json, digest, known, same_task
 from ..views import load_view
 
 # %% ../../nbs/memory/16_trial.ipynb #9ac1fdca
@@ -156,7 +156,7 @@ class MemorySettings:
         return ChatMemoryOptions(self.world, self.namespace or None, trust, view=self.view,
                                  stages=(*own, successes_only(), top_k(self.k)))
 
-# %% ../../nbs/memory/16_trial.ipynb #b9847358
+# %% ../../nbs/memory/16_trial.ipynb #2731cb5b
 class ArmMemory(ChatMemory):
     "The memory that one run sees: it reads, and writes nothing."
     def __init__(self, retriever: Retriever, settings: MemorySettings = MemorySettings(),
@@ -166,16 +166,38 @@ class ArmMemory(ChatMemory):
         if mode == "random": retriever = RandomRetriever(retriever.store, seed)
         super().__init__(retriever.store, retriever, "exprag trial", settings.options())
         self.settings, self.mode, self.seed, self.shown = settings, mode, seed, ()
+        self._noted = {}  # by conversation: what was shown at its beginning, and stays
 
-    def recall(self, messages: Sequence[Mapping], **about) -> Selection:  # `about`: task, goal
-        "The experience for a conversation: none when off, drawn by chance when random."
+    def _recall(self, now: Trajectory) -> Selection:  # for `recall` and `augment`
+        "The experience for an episode: none when off, drawn by chance when random."
         if self.mode == "off": return Selection()
-        selection = super().recall(messages, **about)
+        selection = super()._recall(now)
         self.shown = tuple(dict.fromkeys((*self.shown, *selection.ids)))
         return selection
 
+    def _open_receipt(self, now: Trajectory, conversation: str) -> Receipt | None:
+        return self._noted.get(conversation or now.goal)
+
+    def _note(self, now: Trajectory, selection: Selection, conversation: str, receipt) -> Receipt:
+        "What was shown, in this process; nothing goes into the store."
+        block = memory_block(selection, self.options.view, self.options.control)
+        made = Receipt("", conversation, selection.ids, len(now), block)
+        return self._noted.setdefault(conversation or now.goal, made)
+
     def record(self, messages: Sequence[Mapping], success: bool | None, **about) -> None:
         "Nothing: during a trial the memory stays as it is."
+
+    def settle(self, of, success: bool | None) -> None:
+        "Nothing, likewise."
+
+    def adopt(self, episodes) -> list:
+        "Nothing, likewise."
+        return []
+
+    def within(self, namespace: str | None) -> "ArmMemory":
+        "The same arm in another namespace."
+        settings = replace(self.settings, namespace=namespace or "")
+        return ArmMemory(self.memory.retriever, settings, self.mode, self.seed)
 
     def text(self, goal: str) -> str:  # '' for none
         "The memory block for a goal, for an agent that makes its own prompt."
