@@ -292,7 +292,7 @@ def index_fault(path: str | os.PathLike,
         return f"it was made with encoder {header['encoder']}, of which the store has no vectors"
     return ""
 
-# %% ../../nbs/memory/03_approximate.ipynb #90884f9b
+# %% ../../nbs/memory/03_approximate.ipynb #8f8d629a
 class ApproximateRetriever(Retriever):
     "A retriever over an approximate index, which follows the store by adding and removing keys."
     def __init__(self, store: Store, encoder: Encoder,
@@ -315,6 +315,11 @@ class ApproximateRetriever(Retriever):
         make = ExactIndex if len(ids) < self.exact_below else ApproximateIndex
         self._index = make(ids, vectors.reshape(len(ids), self.encoder.dim), self.threads)
         return self
+
+    def fresh(self):
+        "The index, brought up to date if the store has changed."
+        same = self._index is not None and self._made_from == self.store.fingerprint()
+        return self._index if same else self.index(self._only)._index
 
     def _vectors(self, ids): return self.store.get_vectors(self.encoder.name, self.key, ids)
 
