@@ -77,7 +77,7 @@ def test_detection(record, name): assert detect(record) == name
 
 @pytest.mark.parametrize("record", [{}, [], {"prompt": "x"}, {"conversations": []}, chat("a") | gpt("a"), {"role": "user"}, 3, None, [[1]]])
 def test_unsure_is_refused_with_the_way_out(tmp_path, record):
-    with pytest.raises(TrajectoryError, match="say which it is: format="): detect(record)
+    with pytest.raises(TrajectoryError, match="say which it is .format= one of.*turns="): detect(record)
     with pytest.raises(TrajectoryError, match="log.jsonl, line 1: the record "): list(read_log(dump(tmp_path / "log.jsonl", record, record)))
 
 
