@@ -103,15 +103,15 @@ def _add_demo(commands) -> None:  # what `add_subparsers` gave
     for name, settings in _DEMO_OPTIONS.items(): demo.add_argument(f"--{name}", **settings)
     demo.set_defaults(run=_run_demo)
 
-# %% ../nbs/21_command_line.ipynb #ee5e71bf
+# %% ../nbs/21_command_line.ipynb #fe15f6ea
 def _run_stage(given: argparse.Namespace) -> None:
     "Run a plan up to a stage, or say what that would cost."
     from exprag.page import report_runs
-    from exprag.plans import load_plan
+    from exprag.plans import load_plan, plan_names
     from exprag.reproduce import Place, estimate, report_folder, report_stage, reproduce
     if given.list: print(_plans_table()); return
     if not given.plan: raise ValueError("give a plan, or --list to see those in the package")
-    if given.stage == "report" and Path(given.plan).is_dir():
+    if given.stage == "report" and given.plan not in plan_names() and Path(given.plan).is_dir():
         print(f"Written to {report_runs(given.plan)}.")
         return
     named = {"model": given.model, "dtype": given.dtype, "memory.encoder": given.encoder}

@@ -37,18 +37,18 @@ def _template():
                       finalize=lambda v: type(v)(inert(v)) if isinstance(v, str) else v)
     return env.from_string((files("exprag") / "assets" / "report.html.jinja").read_text("utf-8"))
 
-# %% ../nbs/24_page.ipynb #0e47c2e7
+# %% ../nbs/24_page.ipynb #0519241b
 def said(results: Results, question: Question) -> str:
     "What the runs say to the declared question."
     found = answer(results, question)
     if found is None: return f"The declared question was not run here: {question}."
     p = found.shown_p if found.shown_p.startswith(("<", ">")) else f"= {found.shown_p}"
-    said = (f"{question.a} minus {question.b} on {question.on} types: {found.gap.show('+.1f')} "
+    text = (f"{question.a} minus {question.b} on {question.on} types: {found.gap.show('+.1f')} "
             f"points of {question.measure}, p {p}.")
     low, high = found.gap.low, found.gap.high
-    if not found.unit.enough: return f"{said} Too few independent units for an interval."
-    if low <= 0 <= high: return f"{said} This does not tell them apart."
-    return f"{said} {question.a if low > 0 else question.b} is better."
+    if not found.unit.enough: return f"{text} Too few independent units for an interval."
+    if low <= 0 <= high: return f"{text} This does not tell them apart."
+    return f"{text} {question.a if low > 0 else question.b} is better."
 
 # %% ../nbs/24_page.ipynb #c39fdd48
 def _column(run: Run, several: bool) -> str:

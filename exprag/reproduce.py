@@ -332,7 +332,7 @@ def _some_episodes(plan: Plan, place: Place) -> tuple[list[Trajectory], int, flo
     wanted = sum(min(n, per_type) if per_type else n for n in counts)
     return [t for t in made if t.success], wanted, seconds
 
-# %% ../nbs/23_reproduce.ipynb #03d4872c
+# %% ../nbs/23_reproduce.ipynb #6631b3cd
 def _seconds_of_training(plan: Plan, samples: Sequence[Sample]) -> tuple[float, float]:
     "Seconds for each token of a training step, and gigabytes at most."
     import resource
@@ -341,7 +341,7 @@ def _seconds_of_training(plan: Plan, samples: Sequence[Sample]) -> tuple[float, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cast = torch.autocast(device, torch.bfloat16, config.autocast and has_bfloat16(device))
     model = prepare_model(_model(plan), config, plan.loading.get("attention"))
-    if config.weights != "nf4": model = model.to(device)  # which is where it belongs
+    if config.weights != "nf4": model = model.to(device)  # in four bits it is there already
     usual, seconds = sorted(samples, key=len)[len(samples) // 2], 0
     for length in (32, len(usual), len(usual)):  # the first ones warm up
         if seconds * length > _PATIENCE: break  # known well enough

@@ -274,7 +274,7 @@ def row_of(trajectory: Trajectory,
         None if success is None else int(success), trajectory.score, len(trajectory), record,
         author_of(trajectory), now)))
 
-# %% ../nbs/02_store.ipynb #86e40a36
+# %% ../nbs/02_store.ipynb #c5cf3ca6
 def _settle(connection: sqlite3.Connection,  # inside a transaction
             rows: list[tuple],  # as `row_of` makes them
             path: Path):  # for the messages
@@ -296,7 +296,8 @@ def _settle(connection: sqlite3.Connection,  # inside a transaction
                         "the old one")
             merged = [new if old is None else old for old, new in zip(kept, given)]
             if merged == kept and (author or not row[9]): continue
-            whole = merged == given and merged != kept  # it was finished by who offers it now
+            known = row[9] or not author  # else what is offered names no author, and one is kept
+            whole = known and merged == given and merged != kept  # finished by who offers it now
             if whole: record = row[8]
             else: record = _with_outcome(record, *merged[1:], author or row[9])
             kept, author = merged, row[9] if whole else author or row[9]

@@ -84,3 +84,9 @@ def test_the_command_reports_a_directory_of_runs(folder, tmp_path, capsys):
     assert str(Path(folder, "report.html")) in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 1
     assert "no runs in" in capsys.readouterr().err
+
+
+def test_a_directory_with_the_name_of_a_plan_does_not_hide_the_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("quick-shop").mkdir()
+    assert main(["report", "quick-shop"]) == 1 and "exprag evaluate quick-shop" in capsys.readouterr().err
