@@ -33,35 +33,23 @@ def _run_demo(given: argparse.Namespace) -> None:
     print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the "
           "store of experience.")
 
-# %% ../nbs/21_command_line.ipynb #7d65c8be
+# %% ../nbs/21_command_line.ipynb #12ed60bd
 _SIZES = {
     "quick": "a small version: two task types, a dozen training steps",
     "wide": "a large version: up to five test episodes of each type, some four times the "
             "demonstrations and experiences"}
 _DEMO_OPTIONS = {
     "out": {"type": Path, "help": "directory (default: runs/demo, runs/demo-quick, ...)"},
-    "model": {
-        "default": "nano",
-        "metavar": "NAME_OR_PATH",
-        "help": "causal language model: nano (in the package), a folder, or a hub name",
-    },
-    "encoder": {
-        "metavar": "NAME_OR_PATH",
-        "help": "sentence encoder (default: the MiniLM that comes with the package)",
-    },
-    "recipe": {
-        "help": (
-            "training configuration: nano, paper, ... (default: nano for nano, paper "
-            "for other models)"
-        )
-    },
+    "model": {"default": "nano", "metavar": "NAME_OR_PATH",
+              "help": "causal language model: nano (in the package), a folder, or a hub name"},
+    "encoder": {"metavar": "NAME_OR_PATH",
+                "help": "sentence encoder (default: the MiniLM that comes with the package)"},
+    "recipe": {"help": "training configuration: nano, paper, ... (default: nano for nano, paper "
+                       "for other models)"},
     "seed": {"type": int, "help": "of training and sampling (default: 2025)"},
-    "panel": {
-        "choices": ("demo", "test-hard"),
-        "help": (
-            "one test episode of each hard type, or up to five (default: demo; test-hard if wide)"
-        ),
-    },
+    "panel": {"choices": ("demo", "test-hard"),
+              "help": "one test episode of each hard type, or up to five (default: demo; "
+                      "test-hard if wide)"},
     "track-progress": {
         "action": "store_true",
         "help": (
@@ -69,13 +57,9 @@ _DEMO_OPTIONS = {
             "whole episodes once; adds a condition to the controls"
         ),
     },
-    "controls": {
-        "action": "store_true",
-        "help": (
-            "eight conditions instead of five: also replay, random experience and "
-            "oracle experience (nine with --track-progress)"
-        ),
-    },
+    "controls": {"action": "store_true",
+                 "help": "eight conditions instead of five: also replay, random experience and "
+                         "oracle experience (nine with --track-progress)"},
     "constrain": {
         "action": "store_true",
         "help": "write actions within the world's action templates, in every condition",
@@ -413,7 +397,98 @@ def _add_models(commands) -> None:
     get.add_argument("--wheel", type=Path, metavar="FILE",
                      help="its wheel, where pip cannot download it")
 
-# %% ../nbs/21_command_line.ipynb #122a0524
+# %% ../nbs/21_command_line.ipynb #a7acfa7d
+def _open_memory(given: argparse.Namespace, view: str, stages: Sequence):
+    "The memory that a server or a hook serves; the store is made if it is not there."
+    from exprag.memory.chat_memory import ChatMemory, ChatMemoryOptions
+    from exprag.memory.curation import Trust
+    from exprag.store import Store
+    store = Store(given.store)
+    if given.search == "words":
+        from exprag.memory.hybrid import WordRetriever
+        search = WordRetriever(store)
+    else:
+        from exprag.query import SentenceEncoder
+        search = SentenceEncoder()
+    trust = Trust({**dict.fromkeys(given.trust, "unverified"), given.author: "trusted"})
+    options = ChatMemoryOptions(namespace=given.namespace, trust=trust, stages=stages, view=view)
+    return ChatMemory(store, search, given.author, options)
+
+# %% ../nbs/21_command_line.ipynb #61b394b4
+def _run_mcp(given: argparse.Namespace) -> None:
+    "Serve a memory as tools."
+    try: from exprag.memory.mcp import serve
+    except ImportError as error:
+        raise ImportError("tools need an extra: pip install 'exprag[mcp]'") from error
+    from exprag.select import successes_only, top_k
+    serve(_open_memory(given, "actions", (successes_only(), top_k(given.number))), given.http)
+
+# %% ../nbs/21_command_line.ipynb #ca686022
+def _hook_arguments(given: argparse.Namespace) -> list[str]:
+    "The arguments of the hook's command that do not belong to one event."
+    named = {"store": given.store.resolve(), "author": given.author, "search": given.search,
+             "number": given.number, "namespace": given.namespace, "check": given.check}
+    pairs = [(name, value) for name, value in named.items() if value is not None]
+    pairs += [("trust", name) for name in given.trust]
+    return [text for name, value in pairs for text in (f"--{name}", str(value))]
+
+# %% ../nbs/21_command_line.ipynb #54355c58
+def _run_hook(given: argparse.Namespace) -> None:
+    "Answer an event of a coding agent, or write the plugin that asks."
+    from exprag.memory.hooks import answer_event, hand_over, write_plugin
+    from exprag.select import top_k
+    if given.plugin:
+        write_plugin(given.plugin, _hook_arguments(given))
+        print(f"Written to {given.plugin}: claude --plugin-dir {given.plugin}")
+        return
+    try: event = json.loads(sys.stdin.read())
+    except ValueError as error:
+        raise ValueError(f"standard input is no event of a coding agent, as JSON: {error}; "
+                         "--plugin FOLDER writes a plugin that sends them") from None
+    if not isinstance(event, dict) or not isinstance(event.get("session_id"), str):
+        raise ValueError("the event has no session_id: is it one of a coding agent?")
+    if event.get("hook_event_name") == "SessionEnd" and not given.wait:
+        hand_over(event, given.store.with_suffix(".hook.log"), _hook_arguments(given))
+        return
+    memory = _open_memory(given, "exprag.memory.hooks:outline", (top_k(given.number),))
+    if text := answer_event(memory, event, given.check): print(text)
+
+# %% ../nbs/21_command_line.ipynb #dd5fe8d2
+_MEMORY_OPTIONS = {
+    "author": {"default": "me", "help": "who writes here; only this author's episodes are read, "
+                                        "unless --trust names others (default: %(default)s)"},
+    "trust": {"action": "append", "default": [], "metavar": "AUTHOR",
+              "help": "read this author's episodes, too, marked as unverified"},
+    "namespace": {"help": "read and write in this part of the store only"},
+    "number": {"type": int, "default": 2, "help": "episodes shown at most (default: %(default)s)"}}
+
+def _add_memory_command(commands, name: str, run, about: str, search: str):
+    "A command that opens a memory."
+    command = _add_store_command(commands, name, run, about)
+    for option, settings in _MEMORY_OPTIONS.items(): command.add_argument(f"--{option}", **settings)
+    command.add_argument("--search", choices=("words", "meaning"), default=search,
+                         help="by what goals are compared: words start at once, meaning needs a "
+                              "sentence encoder (default: %(default)s)")
+    return command
+
+# %% ../nbs/21_command_line.ipynb #2f944eb5
+def _add_memory_commands(commands) -> None:
+    "The commands that give agents a memory."
+    mcp = _add_memory_command(commands, "mcp", _run_mcp,
+                              "offer a store's memory as tools over MCP", "meaning")
+    mcp.add_argument("--http", type=int, metavar="PORT",
+                     help="over HTTP on this machine, with a token, instead of standard input and "
+                          "output")
+    hook = _add_memory_command(commands, "hook", _run_hook,
+                               "recall and record in a coding agent's sessions", "words")
+    hook.add_argument("--check", metavar="COMMAND",
+                      help="run when a session ends; that it succeeds means success")
+    hook.add_argument("--plugin", type=Path, metavar="FOLDER",
+                      help="write a plugin of Claude Code with these options")
+    hook.add_argument("--wait", action="store_true",
+                      help="record a session's end before returning, not in a process of its own")
+
+# %% ../nbs/21_command_line.ipynb #a95adb5e
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
     parser = argparse.ArgumentParser(
@@ -424,6 +499,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_stages(commands)
     _add_trial(commands)
+    _add_memory_commands(commands)
     _add_models(commands)
     _add_log_commands(commands)
     find = _add_store_command(commands, "search", _run_search,
