@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'WRITABLE', 'READABLE', 'detect', 'read_log', 'Imported', 'import_log', 'write_log']
 
-# %% ../../nbs/logs/04_files.ipynb #297c24d9
+# %% ../../nbs/logs/04_files.ipynb #2bbadebb
 import json
 import os
 import re
@@ -24,8 +24,9 @@ from .formats import (
 from .messages import storable, write_conversation
 from .records import (
     LIMIT, BadRecord, Refused, Report, Sorter, arrow, records, refuse, write_records)
-from .spans import (
-    CONVERSATION, Conversation, conversations, is_content, model_of, spans_of, to_any, to_spans)
+from exprag.logs.spans import (
+    CONVERSATION, Conversation, conversations, is_content, model_of, recalled_in, spans_of,
+    to_any, to_spans)
 from ..trajectory import FrozenMap, Trajectory, TrajectoryError, digest, known
 from ..views import content_text
 
@@ -162,7 +163,7 @@ def _trace_episodes(name: str, parts: list[tuple[int, dict]],  # line number, sp
             reading.refuse("line", place, error.field, f"trace {name}: {error.reason}")
         else: yield "line", place, episode
 
-# %% ../../nbs/logs/04_files.ipynb #8d8903c2
+# %% ../../nbs/logs/04_files.ipynb #2b25ba0c
 _TASK_ATTRIBUTE, _KEPT_ATTRIBUTE = "exprag.task", "exprag.kept"  # of the first span that we write
 
 def traced_episode(talk: Conversation, name: str,
@@ -179,7 +180,8 @@ def traced_episode(talk: Conversation, name: str,
     trajectory = episode_of(talk.messages, record, _OTEL, replace(options, type=type))
     first = talk.spans[0]
     model = model_of(first["attributes"])
-    about = {"agent": talk.agent, "model": model, "trace": first["traceId"]}
+    about = {"agent": talk.agent, "model": model, "trace": first["traceId"],
+             "recalled": recalled_in(spans)}
     provenance = {**trajectory.provenance, **{k: v for k, v in about.items() if v}}
     extra = {**trajectory.extra, "spans": [_without_messages(span) for span in talk.spans]}
     try: return replace(trajectory, provenance=provenance, extra=extra)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['spans_of', 'Conversation', 'conversations', 'to_spans']
 
-# %% ../../nbs/logs/02_spans.ipynb #e1e0e6b6
+# %% ../../nbs/logs/02_spans.ipynb #a4a74ca7
 import base64
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 
 from .records import BadRecord
 from .turns import as_text, first_of, loaded, one_message, to_chat
@@ -478,3 +479,38 @@ def to_spans(messages: list[dict],  # OpenAI's chat messages
     resource = {"attributes": _pairs({"service.name": "exprag"})}
     scope = {"scope": {"name": "exprag"}, "spans": [first, *rest]}
     return {"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}
+
+# %% ../../nbs/logs/02_spans.ipynb #16e856a3
+STORE, RECALLED = "gen_ai.memory.store.id", "exprag.memory.ids"
+_MEMORY_CALLS = ("search_memory", "upsert_memory", "delete_memory")
+
+# %% ../../nbs/logs/02_spans.ipynb #36803d57
+def traced(operation: str,  # of `_MEMORY_CALLS`
+           ids: Callable  # what the method returns -> ids of episodes
+          ) -> Callable:
+    "Makes a method of a memory a span, where the program has OpenTelemetry."
+    def of(method):
+        @wraps(method)
+        def call(self, *given, **more):
+            try: from opentelemetry import trace
+            except ImportError: return method(self, *given, **more)
+            about = {OPERATION: operation, STORE: self.store.path.name, AGENT: self.author}
+            with trace.get_tracer("exprag").start_as_current_span(
+                    operation, attributes=about, record_exception=False,
+                    set_status_on_exception=False) as span:  # an error's text may be private
+                try: made = method(self, *given, **more)
+                except Exception as error:
+                    span.set_attribute("error.type", type(error).__name__)
+                    span.set_status(trace.StatusCode.ERROR)
+                    raise
+                span.set_attribute(RECALLED, sorted(ids(made)))
+                return made
+        return call
+    return of
+
+# %% ../../nbs/logs/02_spans.ipynb #3cf1588c
+def recalled_in(spans: list[dict]) -> list[str]:  # as `spans_of` gives them
+    "The ids of episodes that a memory gave in a trace."
+    found = [s["attributes"].get(RECALLED) for s in spans
+             if s["attributes"].get(OPERATION) == "search_memory"]
+    return sorted({id for ids in found if isinstance(ids, list) for id in map(str, ids)})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['episode_of', 'control_tokens', 'Receipt', 'Augmented', 'ChatMemoryOptions', 'ChatMemory']
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #233b8abf
+# %% ../../nbs/memory/14_chat_memory.ipynb #496efef1
 import asyncio
 import re
 import threading
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from ..logs.messages import CHAT, chat_task, read_conversation, write_conversation
 from ..logs.messages import text_of as strict_text_of
+from ..logs.spans import traced
 from ..logs.turns import tool_call
 from .curation import Trust, make_room, trusted
 from .maintenance import Erased, Redactor, erase
@@ -245,7 +246,7 @@ class ChatMemoryOptions:
 
     def __post_init__(self): known(self.place, ("system", "last"), "place")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #eb41c50d
+# %% ../../nbs/memory/14_chat_memory.ipynb #52ff0e99
 class ChatMemory:
     "A memory for agents that speak in chat messages; safe for threads and processes."
     def __init__(self, store: Store,
@@ -293,6 +294,7 @@ class ChatMemory:
         "The experience for a conversation, with reasons."
         return self._recall(self.episode(messages, **about))
 
+    @traced("search_memory", lambda made: made.receipt.ids if made.receipt else ())
     def augment(self, messages: Sequence[Mapping],  # the conversation so far; not changed
                 conversation: str = "",  # its name, if it has one; see `Receipt`
                 **about) -> Augmented:  # `about`: task, goal
@@ -306,6 +308,7 @@ class ChatMemory:
         made.receipt, made.block = receipt if receipt.id else None, receipt.block
         return made
 
+    @traced("upsert_memory", lambda kept: () if kept is None else (kept.id,))
     def record(self, messages: Sequence[Mapping],  # a finished conversation
                success: bool | None,  # whether it did what the user wanted; None: not known
                score: float | None = None,  # the world's own; None: 1 or 0 for a task of a goal
@@ -335,6 +338,7 @@ class ChatMemory:
                       keep=[made.id])
         return kept
 
+    @traced("delete_memory", lambda erased: ())
     def forget(self, ids: Iterable[str]) -> Erased:
         "Erase records: text, vectors, words, what receipts quote of them, and their bytes."
         ids, place = list(ids), self.options.namespace
