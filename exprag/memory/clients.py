@@ -397,16 +397,19 @@ class RememberingClient(Part):
     async def __aenter__(self): await self._target.__aenter__(); return self
     async def __aexit__(self, *error): return await self._target.__aexit__(*error)
 
-# %% ../../nbs/memory/15_clients.ipynb #32b886f9
+# %% ../../nbs/memory/15_clients.ipynb #d9c2b5ef
 @patch
 def record(self: RememberingClient, success: bool | None,  # None: not known
-           conversation: str | None = None,  # its name; None: the latest of this thread or task
+           conversation: str | None = None,  # its name; None: the latest of this thread or task,
+           # or the only one, where a framework has spoken in a task of its own
            messages: Sequence | None = None,  # None: what the client has sent and got
            **more  # as for `ChatMemory.record`: score, failures, ...
           ) -> Trajectory | None:  # what was kept
     "Keep a conversation as experience, and credit what it had read."
     name, held = conversation or self.conversation, self._conversations
-    with held.lock: known = held.going_on.get(name)
+    with held.lock:
+        if not name and len(held.going_on) == 1: name, = held.going_on
+        known = held.going_on.get(name)
     if known is None and (messages is None or not conversation):
         names = ", ".join(list(held.going_on)[-3:]) or "none"
         raise ValueError(f"no conversation {name!r} is going on in this client; there are {names}. "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'outline', 'recall_for', 'keep_session', 'answer_event', 'hand_over', 'write_plugin']
 
-# %% ../../nbs/memory/19_hooks.ipynb #1d08cc47
+# %% ../../nbs/memory/19_hooks.ipynb #2bfeda1a
 import json
 import shlex
 import subprocess
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..logs.files import read_log
 from ..logs.messages import call_text, write_conversation
 from .chat_memory import ChatMemory, Receipt
 from ..store import StoreError
@@ -61,11 +60,12 @@ def _receipt(memory: ChatMemory, session: str) -> Receipt | None:
     try: return memory.receipt(session)
     except StoreError: return None
 
-# %% ../../nbs/memory/19_hooks.ipynb #a64a53d3
+# %% ../../nbs/memory/19_hooks.ipynb #b6a106de
 def keep_session(memory: ChatMemory, event: Mapping,
                  check: str | None = None  # a command; that it succeeds means success
                 ) -> Trajectory | None:  # what was kept; None: nothing was done
     "Record a session that has ended, as its log tells it."
+    from exprag.logs.files import read_log  # not needed, and slow to import, at the first request
     path, refused = Path(event["transcript_path"]), []
     found = next(read_log(path, "claude-code", refused.append), None) if path.exists() else None
     if found is None or not len(found): return None

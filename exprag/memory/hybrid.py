@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['RANK_OFFSET', 'Finder', 'WordRetriever', 'FusedRetriever', 'Reranked']
 
-# %% ../../nbs/memory/02_hybrid.ipynb #a85cca80
+# %% ../../nbs/memory/02_hybrid.ipynb #79dd5754
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from ..models.loading import weights_digest
 from ..query import TextTooLong, chunks, key_function
 from ..store import Store
 from ..trajectory import Trajectory
@@ -142,7 +141,7 @@ def fitting(query: str, key: str,
                           "give the reranker a shorter query, such as query='goal'")
     return [part for part, _ in chunks(key, tokenizer, room)]
 
-# %% ../../nbs/memory/02_hybrid.ipynb #75c48336
+# %% ../../nbs/memory/02_hybrid.ipynb #11bc7ed5
 _PAIRS_KEPT = 65536  # scores that a reranker remembers
 
 class Reranked:
@@ -152,6 +151,7 @@ class Reranked:
                  key: str = "goal", query: str = "goal",  # what it reads, names in `KEYS`
                  pool: int = 50,  # candidates it reads
                  name: str | None = None):  # of the model, for descriptions; None: its own
+        from exprag.models.loading import weights_digest  # slow to import, and only needed here
         self.retriever, self.model, self.pool = retriever, cross_encoder, pool
         self.key, self.query, self.store = key, query, retriever.store
         self.key_of, self.query_of = key_function(key), key_function(query)
