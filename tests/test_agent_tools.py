@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_cases_live import ASK, in_a_read_only_place, memory_of, shelf  # noqa: F401
 
 from exprag.memory.hooks import EVENTS, outline, write_plugin
 from exprag.store import Store
@@ -95,6 +96,13 @@ def test_what_is_no_event_is_one_line(tmp_path, text):
     assert done.stderr.startswith("exprag: ") and done.stderr.count("\n") == 1
 
 
+def test_a_log_that_is_no_session_says_so(tmp_path):
+    event = session(tmp_path)
+    Path(event["transcript_path"]).write_text('{"type": "user", "sessionId": "s1", "message": 3}\n')
+    done = hook(event, tmp_path / "memory.db", "--wait")
+    assert done.returncode == 1 and "was not read" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_session_without_a_log_is_no_error(tmp_path):
     store = tmp_path / "memory.db"
     gone = {**session(tmp_path), "transcript_path": str(tmp_path / "nowhere.jsonl")}
@@ -171,24 +179,17 @@ def test_no_argument_ends_the_server(tmp_path):
     assert not asyncio.run(go()).is_error
 
 
-def test_a_store_that_cannot_be_written_offers_reading(tmp_path):
-    from exprag.memory.chat_memory import ChatMemory
-    from exprag.memory.hybrid import WordRetriever
+def test_a_store_that_cannot_be_written_offers_reading(shelf):
     from exprag.memory.mcp import MemoryTools, memory_server
-    with Store(tmp_path / "memory.db") as store:
-        ChatMemory(store, WordRetriever(store), "me").record(
-            [{"role": "user", "content": "Open the door."}, {"role": "assistant", "content": "pull"}], True)
-        WordRetriever(store).index()
-    (tmp_path / "memory.db").chmod(0o444)
-    tmp_path.chmod(0o555)
-    try:
-        with Store(tmp_path / "memory.db") as store:
-            if not store.read_only: pytest.skip("this user may write everywhere")
-            memory = ChatMemory(store, WordRetriever(store), "me")
+    folder, id = shelf
+    def job():
+        with Store(folder / "s.db") as store:
+            memory = memory_of(store)
             names = [t.name for t in asyncio.run(memory_server(memory).list_tools())]
-            assert names == ["search_experience", "read_episode"]
-            assert "pull" in MemoryTools(memory).search_experience("Open the door!").experience
-    finally: tmp_path.chmod(0o755)
+            tools = MemoryTools(memory)
+            found = tools.search_experience(ASK[0]["content"])
+            return [store.read_only, names, found.episodes, found.receipt, "press switch" in tools.read_episode(id)]
+    assert in_a_read_only_place(folder, job) == [True, ["search_experience", "read_episode"], [id], "", True]
 
 
 def test_over_http_a_token_is_needed(tmp_path):

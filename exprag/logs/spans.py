@@ -480,12 +480,11 @@ def to_spans(messages: list[dict],  # OpenAI's chat messages
     scope = {"scope": {"name": "exprag"}, "spans": [first, *rest]}
     return {"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}
 
-# %% ../../nbs/logs/02_spans.ipynb #16e856a3
+# %% ../../nbs/logs/02_spans.ipynb #354b9f1f
 STORE, RECALLED = "gen_ai.memory.store.id", "exprag.memory.ids"
-_MEMORY_CALLS = ("search_memory", "upsert_memory", "delete_memory")
 
-# %% ../../nbs/logs/02_spans.ipynb #36803d57
-def traced(operation: str,  # of `_MEMORY_CALLS`
+# %% ../../nbs/logs/02_spans.ipynb #c0cc66dd
+def traced(operation: str,  # as the conventions name it, such as search_memory
            ids: Callable  # what the method returns -> ids of episodes
           ) -> Callable:
     "Makes a method of a memory a span, where the program has OpenTelemetry."

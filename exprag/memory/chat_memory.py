@@ -223,11 +223,12 @@ class Receipt:
     block: str | None = field(default=None, repr=False)  # None: an episode in it was erased
     begun: str = field(default="", repr=False)  # a hash of those steps
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #47633f1f
+# %% ../../nbs/memory/14_chat_memory.ipynb #dd5d90a5
 class Augmented(list):
     "Messages with experience in them."
     receipt: Receipt | None = None  # None: the store is in a read-only place
     block: str = ""  # the text of the memory
+    ids: tuple[str, ...] = ()  # the episodes that this conversation was given
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #63e1869a
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class ChatMemoryOptions:
 
     def __post_init__(self): known(self.place, ("system", "last"), "place")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #52ff0e99
+# %% ../../nbs/memory/14_chat_memory.ipynb #85ab681c
 class ChatMemory:
     "A memory for agents that speak in chat messages; safe for threads and processes."
     def __init__(self, store: Store,
@@ -259,8 +260,8 @@ class ChatMemory:
             raise ValueError(f"this memory writes into {store!r}, and its retriever looks into "
                              f"{retriever.store!r}; give both the same store")
         only = {} if options.namespace is None else {"namespace": options.namespace}
-        trust = options.trust or Trust({author: "trusted"})
-        self.memory = Memory(retriever, (trusted(trust), *options.stages), view=options.view,
+        self.trust = options.trust or Trust({author: "trusted"})
+        self.memory = Memory(retriever, (trusted(self.trust), *options.stages), view=options.view,
                              when=options.when, only=only)
         self.owner = digest([author, options.namespace])  # of receipts
         self._lock, self._warned = threading.RLock(), False
@@ -294,7 +295,7 @@ class ChatMemory:
         "The experience for a conversation, with reasons."
         return self._recall(self.episode(messages, **about))
 
-    @traced("search_memory", lambda made: made.receipt.ids if made.receipt else ())
+    @traced("search_memory", lambda made: made.ids)
     def augment(self, messages: Sequence[Mapping],  # the conversation so far; not changed
                 conversation: str = "",  # its name, if it has one; see `Receipt`
                 **about) -> Augmented:  # `about`: task, goal
@@ -306,6 +307,7 @@ class ChatMemory:
             receipt = self._note(now, self._recall(now), conversation, receipt)
         made = Augmented(insert(without_memory(messages), receipt.block, self.options.place))
         made.receipt, made.block = receipt if receipt.id else None, receipt.block
+        made.ids = receipt.ids
         return made
 
     @traced("upsert_memory", lambda kept: () if kept is None else (kept.id,))

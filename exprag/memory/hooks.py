@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EVENTS', 'outline', 'recall_for', 'keep_session', 'answer_event', 'hand_over', 'write_plugin']
 
-# %% ../../nbs/memory/19_hooks.ipynb #2bfeda1a
+# %% ../../nbs/memory/19_hooks.ipynb #558530ca
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def outline(experience: Experience) -> str:
         lines[_ENDS:-_ENDS] = [f"[{hidden} more steps]"]
     return "\n".join([_cut(trajectory.goal, _ANSWER), *lines, _cut(last.action, _ANSWER)])
 
-# %% ../../nbs/memory/19_hooks.ipynb #0308c199
+# %% ../../nbs/memory/19_hooks.ipynb #441e8924
+_A_COMMAND = re.compile(r"/[\w:-]+(?:\s|$)")  # of the program: /clear, but not /etc/hosts
+
 def recall_for(memory: ChatMemory, event: Mapping) -> str:  # '' for nothing
     "What a session is to read at this event."
     receipt = _receipt(memory, event["session_id"])
@@ -51,7 +54,7 @@ def recall_for(memory: ChatMemory, event: Mapping) -> str:  # '' for nothing
         again = receipt and event.get("source") == "compact"
         return (receipt.block or "") if again else ""
     prompt = str(event.get("prompt", "")).strip()
-    if receipt or not prompt or prompt.startswith("/"): return ""
+    if receipt or not prompt or _A_COMMAND.match(prompt): return ""
     return memory.augment([{"role": "user", "content": prompt}], event["session_id"]).block
 
 # %% ../../nbs/memory/19_hooks.ipynb #3d1f721d
@@ -60,7 +63,7 @@ def _receipt(memory: ChatMemory, session: str) -> Receipt | None:
     try: return memory.receipt(session)
     except StoreError: return None
 
-# %% ../../nbs/memory/19_hooks.ipynb #b6a106de
+# %% ../../nbs/memory/19_hooks.ipynb #9a11eb3a
 def keep_session(memory: ChatMemory, event: Mapping,
                  check: str | None = None  # a command; that it succeeds means success
                 ) -> Trajectory | None:  # what was kept; None: nothing was done
@@ -68,6 +71,7 @@ def keep_session(memory: ChatMemory, event: Mapping,
     from exprag.logs.files import read_log  # not needed, and slow to import, at the first request
     path, refused = Path(event["transcript_path"]), []
     found = next(read_log(path, "claude-code", refused.append), None) if path.exists() else None
+    if refused: raise ValueError(f"{path} was not read, or not all of it: {refused[0]}")
     if found is None or not len(found): return None
     success = None
     if check is not None:
