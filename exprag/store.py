@@ -25,7 +25,7 @@ from fastcore.basics import patch
 
 from .trajectory import Task, Trajectory, canonical_json, thaw, whole_text
 
-# %% ../nbs/02_store.ipynb #9ae9e5e7
+# %% ../nbs/02_store.ipynb #0ec0b097
 MIGRATIONS = ("""
     CREATE TABLE trajectories(
         id TEXT PRIMARY KEY, world TEXT NOT NULL, type TEXT NOT NULL, variation TEXT NOT NULL,
@@ -62,6 +62,15 @@ MIGRATIONS = ("""
     CREATE TRIGGER texts_out AFTER DELETE ON texts BEGIN
         INSERT INTO words(words, rowid, text) VALUES ('delete', old.number, old.text); END;
     CREATE TABLE unfinished(job TEXT PRIMARY KEY) WITHOUT ROWID;
+""", """
+    CREATE TABLE shut_out(id TEXT PRIMARY KEY REFERENCES trajectories ON DELETE CASCADE,
+        reason TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+    CREATE TABLE state(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    INSERT INTO state VALUES ('changes', '0');
+    CREATE TRIGGER trajectories_in AFTER INSERT ON trajectories BEGIN
+        UPDATE state SET value = value + 1 WHERE name = 'changes'; END;
+    CREATE TRIGGER trajectories_out AFTER DELETE ON trajectories BEGIN
+        UPDATE state SET value = value + 1 WHERE name = 'changes'; END;
 """)
 APPLICATION_ID = 0x45585047  # "EXPG": tells our files from other people's SQLite files
 
@@ -174,7 +183,7 @@ def _set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #bf49b23a
+# %% ../nbs/02_store.ipynb #2c49dd8c
 class Store:
     "Episodes in one SQLite file, safe for threads and processes."
     def __init__(self, path: str | os.PathLike,  # one SQLite file
@@ -246,6 +255,10 @@ class Store:
     def __len__(self): return self.row("SELECT count(*) FROM trajectories")[0]
     def __contains__(self, id: str):
         return self.row("SELECT 1 FROM trajectories WHERE id = ?", id) is not None
+
+    def shut_outs(self) -> dict[str, str]:  # reason by id
+        "What no memory shows, and why; see `exprag.memory.curation.shut_out`."
+        return dict(self.rows("SELECT id, reason FROM shut_out ORDER BY id"))
 
 # %% ../nbs/02_store.ipynb #1a0723dc
 COLUMNS = ("id", "world", "type", "variation", "fold", "success", "score", "steps", "record",
@@ -322,7 +335,7 @@ class Added(NamedTuple):
     added: int  # new episodes
     known: int  # episodes whose content was there before (the first provenance is kept)
 
-# %% ../nbs/02_store.ipynb #655b97cc
+# %% ../nbs/02_store.ipynb #eb6b5f38
 @patch
 def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a generator
              batch: int = 1000,  # episodes a transaction; each batch is kept whole or not at all
@@ -336,9 +349,7 @@ def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a genera
               "ON CONFLICT(id) DO NOTHING")
     while chunk := sorted((row_of(t, now) for t in islice(several, batch)), key=itemgetter(0)):
         with self.writing() as connection:
-            before = connection.total_changes
-            connection.executemany(insert, chunk)
-            new = connection.total_changes - before
+            new = connection.executemany(insert, chunk).rowcount
             if new < len(chunk): _settle(connection, chunk, self.path)
             if namespace is not None:
                 connection.executemany("INSERT OR IGNORE INTO namespaces VALUES (?, ?)",
