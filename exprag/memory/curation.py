@@ -6,7 +6,7 @@
 __all__ = ['POLICIES', 'Trust', 'trusted', 'Plan', 'plan', 'StalePlan', 'carry_out', 'curate', 'make_room', 'coverage',
            'nearest_scores', 'staleness']
 
-# %% ../../nbs/memory/12_curation.ipynb #ce4cc1cb
+# %% ../../nbs/memory/12_curation.ipynb #14d75e4a
 import json
 import time
 from collections import defaultdict
@@ -20,7 +20,7 @@ from .maintenance import finish_erasure
 from .utility import Use, usage
 from ..query import Encoder, Retriever
 from ..select import Stage
-from ..store import Store, StoreError, author_of
+from ..store import Store, StoreError, author_of, id_set_hash
 from ..trajectory import FrozenMap, Table, Task, Trajectory, known
 
 # %% ../../nbs/memory/12_curation.ipynb #85f7cf0e
@@ -67,18 +67,22 @@ class Row(NamedTuple):
     added: float  # Unix seconds
     use: Use
 
-# %% ../../nbs/memory/12_curation.ipynb #277e4bc2
+# %% ../../nbs/memory/12_curation.ipynb #41b82f42
 def rows_of(store: Store,
-            ids: Iterable[str] | None = None  # None: all
+            namespace: str | None = None  # only its episodes; None: all
            ) -> list[Row]:  # by id
     "The episodes of a store as curation sees them, without reading their texts."
-    chosen, uses = None if ids is None else set(ids), usage(store)
+    uses, (within, values) = usage(store, namespace), _members(namespace)
     rows = store.rows("SELECT id, world, type, variation, fold, success, steps, added "
-                      "FROM trajectories ORDER BY id")
+                      f"FROM trajectories {within} ORDER BY id", *values)
     return [Row(id, (world, type), (world, type, variation, fold), success, steps, added,
                 uses.get(id, Use()))
-            for id, world, type, variation, fold, success, steps, added in rows
-            if chosen is None or id in chosen]
+            for id, world, type, variation, fold, success, steps, added in rows]
+
+def _members(namespace: str | None) -> tuple[str, list]:
+    "A condition for the episodes of a namespace, and its values."
+    if namespace is None: return "", []
+    return "WHERE id IN (SELECT id FROM namespaces WHERE name = ?)", [namespace]
 
 # %% ../../nbs/memory/12_curation.ipynb #162bcc3f
 POLICIES: dict[str, Callable] = {  # what goes first has the smallest value
@@ -108,11 +112,16 @@ def leaving(rows: Sequence[Row],
         gone.append((row, why))
     return gone
 
-# %% ../../nbs/memory/12_curation.ipynb #77a11f9d
-def repeats(store: Store, rows: Sequence[Row]) -> list[tuple[Row, Row]]:  # (goes, stays)
+# %% ../../nbs/memory/12_curation.ipynb #af6e2ccb
+def repeats(store: Store, rows: Sequence[Row],
+            namespace: str | None = None  # of the rows; None: those of the same namespaces
+           ) -> list[tuple[Row, Row]]:  # (goes, stays)
     "Episodes of the same task with the same actions; the better outcome stays, then the older."
-    tasks, pairs = defaultdict(list), []
-    for row in rows: tasks[row.task, row.steps].append(row)
+    tasks, pairs, names = defaultdict(list), [], defaultdict(tuple)
+    if namespace is None:
+        for name, id in store.rows("SELECT name, id FROM namespaces ORDER BY name"):
+            names[id] += (name,)
+    for row in rows: tasks[row.task, row.steps, names[row.id]].append(row)
     for group in (g for g in tasks.values() if len(g) > 1):
         alike = defaultdict(list)
         for row in group:
@@ -124,14 +133,15 @@ def repeats(store: Store, rows: Sequence[Row]) -> list[tuple[Row, Row]]:  # (goe
             pairs += [(goes, stays) for _, goes in others]
     return sorted(pairs)
 
-# %% ../../nbs/memory/12_curation.ipynb #fd584c14
+# %% ../../nbs/memory/12_curation.ipynb #11e0e9b8
 @dataclass(frozen=True)
 class Plan:
     "What a curation would do."
-    store: str  # fingerprint of the store it was made for
+    store: str  # fingerprint of the store, or the namespace, it was made for
     before: int  # episodes
     merged: tuple[tuple[str, str], ...] = ()  # (goes, stays)
     evicted: tuple[tuple[str, str], ...] = ()  # (goes, why)
+    namespace: str | None = None  # from which alone it goes; None: from the store
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -149,7 +159,7 @@ class Plan:
         merged = [f"  {goes[:8]} merged into {stays[:8]}" for goes, stays in self.merged[:3]]
         return "\n".join([head, *merged, *(f"  {id[:8]} {why}" for id, why in self.evicted[:5])])
 
-# %% ../../nbs/memory/12_curation.ipynb #8e9c6834
+# %% ../../nbs/memory/12_curation.ipynb #d4697784
 def plan(store: Store,
          most: int | None = None,  # episodes to be left at most; None: no limit
          policy: str = "utility",  # a key of `POLICIES`
@@ -161,24 +171,29 @@ def plan(store: Store,
     "Say what a curation would do. Nothing is changed."
     if most is not None and most < 0:
         raise ValueError(f"plan(most={most}): a store has 0 episodes or more")
-    mark, safe = store.fingerprint(), set(keep)
-    rows = rows_of(store, None if namespace is None else store.find(namespace=namespace))
+    mark, safe, rows = _content(store, namespace), set(keep), rows_of(store, namespace)
     if utilities is not None:
         many = 1_000_000  # uses, beside which the prior does not count
         def given(row): return Use(many, many * float(utilities.get(row.id, 0.0)))
         rows = [row._replace(use=given(row)) for row in rows]
-    pairs = [(goes.id, stays.id) for goes, stays in (repeats(store, rows) if merge else [])
+    pairs = [(goes.id, stays.id) for goes, stays in (repeats(store, rows, namespace) if merge else [])
              if goes.id not in safe]
     left = [row for row in rows if row.id not in dict(pairs)]
     count = 0 if most is None else max(0, len(left) - most)
     out = leaving([row for row in left if row.id not in safe], count, policy)
-    return Plan(mark, len(rows), tuple(pairs), tuple((row.id, why) for row, why in out))
+    evicted = tuple((row.id, why) for row, why in out)
+    return Plan(mark, len(rows), tuple(pairs), evicted, namespace)
+
+def _content(store: Store, namespace: str | None) -> str:
+    "A hash of the episodes that a plan is about."
+    if namespace is None: return store.fingerprint()
+    return id_set_hash(store.find(namespace=namespace))
 
 # %% ../../nbs/memory/12_curation.ipynb #c5150551
 class StalePlan(StoreError):
     "The store has changed since the plan was made."
 
-# %% ../../nbs/memory/12_curation.ipynb #d15988a2
+# %% ../../nbs/memory/12_curation.ipynb #6d6fc3c6
 def carry_out(store: Store, plan: Plan,
               scrub: bool = False  # also remove the bytes, which writes the file anew
              ) -> int:  # how many episodes went
@@ -188,17 +203,18 @@ def carry_out(store: Store, plan: Plan,
         WHERE id IN (SELECT value FROM json_each(?))"""
     add_uses = """INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET
         uses = uses + excluded.uses, gain = gain + excluded.gain, last = max(last, excluded.last)"""
-    add_names = """INSERT OR IGNORE INTO namespaces SELECT name, heir.value
-        FROM namespaces JOIN json_each(?) AS heir ON heir.key = namespaces.id"""
+    leave = "DELETE FROM namespaces WHERE id = ? AND name = ?"
+    go = """DELETE FROM trajectories AS t WHERE id = ? AND (? IS NULL OR NOT EXISTS
+        (SELECT 1 FROM namespaces WHERE id = t.id))"""  # what others hold stays theirs
     with store.writing() as connection:
-        if store.fingerprint() != plan.store:
+        if _content(store, plan.namespace) != plan.store:
             raise StalePlan(f"{store.path} has changed since this plan was made; make a new one, "
                             "plan(store, ...), and look at it")
         for id, *numbers in connection.execute(uses, [json.dumps(list(heirs))]).fetchall():
             connection.execute(add_uses, [heirs[id], *numbers])
-        connection.execute(add_names, [json.dumps(heirs)])
-        gone = [(id,) for id in plan.ids]
-        connection.executemany("DELETE FROM trajectories WHERE id = ?", gone)
+        gone = [(id, plan.namespace) for id in plan.ids]
+        connection.executemany(leave, gone)
+        connection.executemany(go, gone)
         if scrub: connection.execute("INSERT OR IGNORE INTO unfinished VALUES ('scrub')")
     if scrub: finish_erasure(store)
     return len(plan.ids)
@@ -229,14 +245,13 @@ def make_room(store: Store,
     if count <= most: return 0
     return curate(store, most - int(spare * most), namespace=namespace, **how)
 
-# %% ../../nbs/memory/12_curation.ipynb #06f2ddfd
+# %% ../../nbs/memory/12_curation.ipynb #d1bc0776
 def coverage(store: Store,
              tasks: Iterable[Task] = (),  # to come: their types are listed in any case
              namespace: str | None = None  # None: the whole store
             ) -> Table:
     "What the store has of each task type; types of which it has nothing come first."
-    member = "WHERE id IN (SELECT id FROM namespaces WHERE name = ?)"
-    where, values = ("", []) if namespace is None else (member, [namespace])
+    where, values = _members(namespace)
     rows = store.rows(f"""SELECT world, type, count(*), count(DISTINCT variation),
         sum(success IS 1), count(DISTINCT author) FROM trajectories {where}
         GROUP BY world, type ORDER BY count(*), world, type""", *values)
@@ -245,8 +260,8 @@ def coverage(store: Store,
     return Table(("world", "type", "episodes", "tasks", "successes", "authors"),
                  tuple(tuple(map(str, row)) for row in [*missing, *rows]))
 
-# %% ../../nbs/memory/12_curation.ipynb #724a1c5c
-def nearest_scores(retriever: Retriever,
+# %% ../../nbs/memory/12_curation.ipynb #438c3587
+def nearest_scores(retriever: Retriever,  # of a namespace: `retriever.within(namespace)`
                    trajectories: Iterable[Trajectory],  # what the agent was, or will be, asked
                    quantiles: Sequence[float] = (0.0, 0.1, 0.5, 0.9)
                   ) -> dict[float, float]:  # quantile to the score of the nearest episode
@@ -254,18 +269,20 @@ def nearest_scores(retriever: Retriever,
     best = [hits[0].score if (hits := retriever.search(t, 1)) else -1.0 for t in trajectories]
     return {q: round(float(np.quantile(best, q)), 3) for q in quantiles} if best else {}
 
-# %% ../../nbs/memory/12_curation.ipynb #83a9ae6c
+# %% ../../nbs/memory/12_curation.ipynb #f97bb33d
 def staleness(store: Store,
               now: float | None = None,  # Unix seconds; None: by the clock
               old: float = 90.0,  # days after which an episode counts as old
               versions: Mapping[str, str] = FrozenMap(),  # world to its present version
               encoder: Encoder | None = None,  # the one in use
-              key: str = "goal"
+              key: str = "goal",
+              namespace: str | None = None  # only its episodes; None: all
              ) -> dict[str, list[str]]:  # reason to ids
     "Which episodes may be out of date, and why."
-    now, uses = time.time() if now is None else now, usage(store)
+    now, uses = time.time() if now is None else now, usage(store, namespace)
+    within, values = _members(namespace)
     rows = store.rows("SELECT id, world, added, json_extract(record, '$.world_version') "
-                      "FROM trajectories ORDER BY id")
+                      f"FROM trajectories {within} ORDER BY id", *values)
     def other(world, version): return world in versions and version != versions[world]
     found = {f"older than {old:g} days": [id for id, _, at, _ in rows if now - at > 86400 * old],
              "never used": [id for id, *_ in rows if id not in uses],

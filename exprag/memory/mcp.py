@@ -44,7 +44,7 @@ Given = Annotated[str | None, Field(description="what search_experience gave you
 Steps = Annotated[list[Done], Field(description="what you did, in order", min_length=1,
                                     max_length=2000)]
 
-# %% ../../nbs/memory/18_mcp.ipynb #dbfe0fd0
+# %% ../../nbs/memory/18_mcp.ipynb #ed83fb53
 class MemoryTools:
     "What an agent can do with a memory; safe for threads, like the memory."
     def __init__(self, memory: ChatMemory): self.memory = memory
@@ -56,16 +56,10 @@ class MemoryTools:
         receipt = asked.receipt.id if asked.receipt else ""  # none in a read-only place
         return Recalled(asked.block, list(asked.ids), receipt)
 
-    def _holds(self, id: str) -> bool:
-        "Whether the memory's namespace has an episode."
-        store, place = self.memory.store, self.memory.options.namespace
-        return id in store if place is None else bool(store.row(
-            "SELECT 1 FROM namespaces WHERE name = ? AND id = ?", place, id))
-
     def read_episode(self, episode: Annotated[str, Field(description="an id, whole")]) -> str:
         "Read an episode that search_experience named, with everything that was observed."
         memory = self.memory
-        if not self._holds(episode) or episode in memory.store.shut_outs():
+        if not memory.holds(episode) or episode in memory.store.shut_outs():
             raise StoreError(f"there is no episode {episode!r} here; search_experience names some")
         found = memory.store.get(episode)
         level = memory.trust.level(found)
