@@ -185,7 +185,7 @@ def _set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #04a98ab4
+# %% ../nbs/02_store.ipynb #3aaddf92
 class Store:
     "Episodes in one SQLite file, safe for threads and processes."
     def __init__(self, path: str | os.PathLike,  # one SQLite file
@@ -225,6 +225,7 @@ class Store:
             try:
                 connection.execute("BEGIN" if self.read_only else "BEGIN IMMEDIATE")
                 try:
+                    connection.execute("SELECT 1 FROM sqlite_master")  # sees another's VACUUM
                     yield connection
                     connection.execute("COMMIT")
                 except BaseException:
