@@ -185,7 +185,7 @@ def _set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #3aaddf92
+# %% ../nbs/02_store.ipynb #377c7e26
 class Store:
     "Episodes in one SQLite file, safe for threads and processes."
     def __init__(self, path: str | os.PathLike,  # one SQLite file
@@ -196,7 +196,7 @@ class Store:
             raise StoreError(f"{self.path} is not there; check the path, or let "
                              "Store(path, create=True) make it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._inherited, self._stamped, self._hash = [], None, ""
+        self._inherited, self._stamped, self._hash, self._common = [], None, "", (1, {})
         self._open()
 
     def _open(self):
@@ -631,13 +631,31 @@ def text_ids(self: Store, key: str) -> list[str]:  # sorted
     "The ids of the episodes that have a text of this key."
     return [id for id, in self.rows("SELECT id FROM texts WHERE key = ? ORDER BY id", key)]
 
-# %% ../nbs/02_store.ipynb #d30d80b0
+# %% ../nbs/02_store.ipynb #2e081e80
 def word_query(text: str) -> str:  # '' if there is none
     "Any of the words of a text, as FTS5 asks for them."
-    words = dict.fromkeys(re.findall(r"\w+", text.lower()))
-    return " OR ".join(f'"{word}"' for word in words)
+    return " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", text.lower())))
 
-# %% ../nbs/02_store.ipynb #163540a9
+# %% ../nbs/02_store.ipynb #830a172b
+_MANY_TEXTS = 20_000  # from which on a word can be too common to be looked for
+
+@patch
+def _telling(self: Store, asked: str  # as `word_query` writes it
+            ) -> str:  # '' if no word is left
+    "The words without those of more than half of many texts, to which BM25 gives a millionth."
+    count = self.row("SELECT max(number) FROM texts")[0] or 0  # or more than there are
+    if count < _MANY_TEXTS: return asked
+    if not 0.9 < self._common[0] / count < 1.1: self._common = count, {}
+    known, sql = self._common[1], ("SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? "
+                                   "LIMIT ?)")
+    def common(word):
+        if word not in known:
+            if len(known) > 10_000: known.clear()
+            known[word] = self.row(sql, word, count // 2 + 1)[0] > count // 2
+        return known[word]
+    return " OR ".join(word for word in asked.split(" OR ") if not common(word))
+
+# %% ../nbs/02_store.ipynb #e0c943ea
 @patch
 def match(self: Store, key: str,  # the name of the key function
           text: str,  # any words; other characters are ignored
@@ -645,7 +663,7 @@ def match(self: Store, key: str,  # the name of the key function
           allow: "Iterable[str] | Filter | None" = None  # only these ids; None: all
          ) -> list[tuple[str, float]]:  # (id, BM25 score, higher is better), best first
     "The episodes whose text shares words with `text`; ties in the order of ids."
-    if not (asked := word_query(text)): return []
+    if not (asked := word_query(text)) or not (asked := self._telling(asked)): return []
     if isinstance(allow, Filter): chosen, values = allow.sql, allow.values
     elif allow is None: chosen, values = "", []
     else: chosen, values = " AND id IN (SELECT value FROM json_each(?))", [json.dumps(list(allow))]

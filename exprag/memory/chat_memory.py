@@ -258,7 +258,7 @@ def _own_sources(store: Store, namespace: str, view: str) -> Stage:
         return [(e, why if foreign(e) else None) for e in candidates]
     return Stage("own_sources", run)
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #94983627
+# %% ../../nbs/memory/14_chat_memory.ipynb #c33d545d
 class ChatMemory:
     "A memory for agents that speak in chat messages; safe for threads and processes."
     def __init__(self, store: Store,
@@ -279,7 +279,8 @@ class ChatMemory:
         self.memory = Memory(retriever, stages, view=options.view, when=options.when, only=only)
         self.owner = digest([author, options.namespace])  # of receipts
         self._lock, self._warned = threading.RLock(), False
-        if not store.read_only:
+        made = store.row("SELECT 1 FROM sqlite_master WHERE name = 'receipt_lost_an_episode'")
+        if not (made or store.read_only):
             with store.writing() as connection:
                 for statement in _RECEIPTS: connection.execute(statement)
 
