@@ -636,8 +636,8 @@ def word_query(text: str) -> str:  # '' if there is none
     "Any of the words of a text, as FTS5 asks for them."
     return " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", text.lower())))
 
-# %% ../nbs/02_store.ipynb #830a172b
-_MANY_TEXTS = 20_000  # from which on a word can be too common to be looked for
+# %% ../nbs/02_store.ipynb #f68fdb6f
+_MANY_TEXTS = 1000  # from which on a word can be too common to be looked for
 
 @patch
 def _telling(self: Store, asked: str  # as `word_query` writes it
@@ -655,18 +655,23 @@ def _telling(self: Store, asked: str  # as `word_query` writes it
         return known[word]
     return " OR ".join(word for word in asked.split(" OR ") if not common(word))
 
-# %% ../nbs/02_store.ipynb #e0c943ea
+# %% ../nbs/02_store.ipynb #daa5e56f
 @patch
 def match(self: Store, key: str,  # the name of the key function
           text: str,  # any words; other characters are ignored
           n: int = 20,  # at most so many
           allow: "Iterable[str] | Filter | None" = None  # only these ids; None: all
          ) -> list[tuple[str, float]]:  # (id, BM25 score, higher is better), best first
-    "The episodes whose text shares words with `text`; ties in the order of ids."
-    if not (asked := word_query(text)) or not (asked := self._telling(asked)): return []
+    "The episodes whose text shares words with `text`; ties in the order of ids, 0.0 the latest."
+    if not (asked := word_query(text)): return []
     if isinstance(allow, Filter): chosen, values = allow.sql, allow.values
     elif allow is None: chosen, values = "", []
     else: chosen, values = " AND id IN (SELECT value FROM json_each(?))", [json.dumps(list(allow))]
-    sql = ("SELECT id, -bm25(words) AS score FROM words JOIN texts ON number = words.rowid "
-           f"WHERE words MATCH ? AND key = ?{chosen} ORDER BY score DESC, id LIMIT ?")
-    return self.rows(sql, asked, key, *values, n)
+    tables = "FROM words JOIN texts ON number = words.rowid WHERE words MATCH ? AND key = ?"
+    sql = f"SELECT id, -bm25(words) AS score {tables}{chosen} ORDER BY score DESC, id LIMIT ?"
+    found = self.rows(sql, telling, key, *values, n) if (telling := self._telling(asked)) else []
+    if telling == asked or len(found) == n: return found
+    there = {id for id, _ in found}
+    sql = f"SELECT id, 0.0 {tables}{chosen} ORDER BY words.rowid DESC LIMIT ?"  # the latest
+    rest = self.rows(sql, asked, key, *values, n + len(found))
+    return (found + [row for row in rest if row[0] not in there])[:n]

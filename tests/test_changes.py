@@ -224,3 +224,26 @@ def test_another_process_has_rewritten_the_file(tmp_path):
         store.add(episode(1))
         erase(store, [episode(1).id])
         assert other.add(episode(2)) and store.find() == [episode(2).id]
+
+
+def test_words_of_every_text_are_not_looked_for(tmp_path, monkeypatch):
+    "With many texts, a word of more than half of them counts for a millionth: the order is the one that BM25 gives."
+    with Store(tmp_path / "m.db") as store:
+        names = "red green blue old new".split()
+        store.add_many(episode(n, f"mend the {names[n % 5]} lamp of house{n % 40} in the hall") for n in range(1200))
+        words, asked = WordRetriever(store), asks("mend the blue lamp of house7 in the hall, please")
+        def same(n):
+            quick = words.search(asked, n)
+            monkeypatch.setattr(exprag.store, "_MANY_TEXTS", 10 ** 9)
+            slow = words.search(asked, n)
+            monkeypatch.undo()
+            return quick, slow
+        words.index()
+        assert store._telling('"mend" OR "blue" OR "the"') == '"blue"'
+        quick, slow = same(60)
+        assert [h.id for h in quick] == [h.id for h in slow] and max(abs(a.score - b.score) for a, b in zip(quick, slow)) < 1e-4
+        quick, slow = same(500)  # more than share a telling word: the latest of the others follow
+        assert len({h.id for h in quick}) == len(slow) == 500 and quick[-1].score == 0 < slow[-1].score < 1e-4
+        only = words.search(asks("mend the lamp"), 3)
+        assert [h.score for h in only] == [0, 0, 0] and all(h.id in store for h in only), "all say the same"
+        assert [h.id for h in words.search(asks("the"), 2, allow=[only[1].id, only[2].id])] == [only[1].id, only[2].id]

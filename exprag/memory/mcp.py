@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Done', 'Recalled', 'MemoryTools', 'memory_server', 'with_token', 'serve']
 
-# %% ../../nbs/memory/18_mcp.ipynb #e426506a
+# %% ../../nbs/memory/18_mcp.ipynb #16af8f49
 import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from inspect import cleandoc
 from typing import Annotated
 from uuid import uuid4
 
@@ -102,7 +103,7 @@ def _said(method: Callable) -> Callable:
         except (ValueError, StoreError) as error: raise ToolError(str(error)) from None
     return call
 
-# %% ../../nbs/memory/18_mcp.ipynb #750772ea
+# %% ../../nbs/memory/18_mcp.ipynb #452c6711
 def memory_server(memory: ChatMemory, name: str = "exprag"):  # an `mcp.server.MCPServer`
     "An MCP server of a memory; without the tools that write, where the store cannot be written."
     from mcp.server import MCPServer
@@ -112,10 +113,11 @@ def memory_server(memory: ChatMemory, name: str = "exprag"):  # an `mcp.server.M
     reading = ToolAnnotations(read_only_hint=True, open_world_hint=False)
     writing = ToolAnnotations(destructive_hint=False, open_world_hint=False)
     for method in (tools.search_experience, tools.read_episode):
-        server.add_tool(_said(method), annotations=reading)
+        server.add_tool(_said(method), description=cleandoc(method.__doc__), annotations=reading)
     if not memory.store.read_only:
         for method in (tools.record_experience, tools.report_outcome):
-            server.add_tool(_said(method), annotations=writing)
+            about = cleandoc(method.__doc__)
+            server.add_tool(_said(method), description=about, annotations=writing)
     return server
 
 # %% ../../nbs/memory/18_mcp.ipynb #12a4d7de
