@@ -245,7 +245,7 @@ def test_objects_of_a_client_are_messages(store):
     assert memory.augment([user("Hi"), Message(role="assistant", content="ok")]) == [
         user("Hi"), agent("ok")]
     for wrong, kind in (("Hi", "str"), (7, "int"), ({"content": "x"}, "dict"), (Message(x=1), "dict")):
-        with pytest.raises(TrajectoryError, match=f"message 2 .* a {kind} without a role"):
+        with pytest.raises(TrajectoryError, match=f"message 2 is a {kind} without a role"):
             as_messages([user("Hi"), wrong])
 
 

@@ -55,14 +55,14 @@ def _openai_turn(message):
         made["tool_calls"] = [tool_call(call, "tool_calls") for call in calls]
     return {**made, **{k: message[k] for k in ("tool_call_id", "name") if message.get(k)}}
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #6a870719
+# %% ../../nbs/memory/14_chat_memory.ipynb #987e937c
 def as_messages(messages: Iterable) -> list[dict]:
     "Messages as dicts, whether they are dicts or objects of a client's library."
     made = [_openai_turn(plain(m)) for m in messages]
     for number, m in enumerate(made, 1):
         if not isinstance(m, dict) or not isinstance(m.get("role"), str):
             raise TrajectoryError(
-                f"message {number} is {str(m)[:60]!r}, a {type(m).__name__} without a role: give "
+                f"message {number} is a {type(m).__name__} without a role: give "
                 "dicts with role and content, or message objects of OpenAI's client or LangChain")
     return made
 
@@ -82,7 +82,7 @@ def text_of(message: Mapping) -> tuple[str, Counter]:  # text, other parts by ty
         else: others[str(kind)] += 1
     return "\n\n".join(texts) or " ".join(f"[{kind}]" for kind in others.elements()), others
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #417501e1
+# %% ../../nbs/memory/14_chat_memory.ipynb #050377e4
 def episode_of(messages: Sequence[Mapping],  # a conversation, with or without a memory block
                task: Task | None = None,  # None: one made from the goal
                goal: str | None = None,  # how the first user turn begins; None: all of it
@@ -100,8 +100,8 @@ def episode_of(messages: Sequence[Mapping],  # a conversation, with or without a
         opening = text.strip()
         begins = opening if goal is None else whole_text(goal.strip())
         if opening.startswith(begins): return begins, opening[len(begins):].strip()
-        raise TrajectoryError(f"the first user turn begins with {opening[:60]!r}, not with the "
-                              f"goal {goal[:60]!r}; give its beginning, or no goal")
+        raise TrajectoryError("the first user turn does not begin with the goal that was given; "
+                              "give its beginning, or no goal")
     return read_conversation(given, task or chat_task, split, **fields_)
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #6d43d526
