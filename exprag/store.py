@@ -655,7 +655,25 @@ def _telling(self: Store, asked: str  # as `word_query` writes it
         return known[word]
     return " OR ".join(word for word in asked.split(" OR ") if not common(word))
 
-# %% ../nbs/02_store.ipynb #daa5e56f
+# %% ../nbs/02_store.ipynb #81806f42
+@patch
+def _best(self: Store, asked: str, n: int, condition: str, values: list  # of the table of texts
+         ) -> list[tuple[str, float]]:
+    "The best by BM25 that meet a condition, which is looked at for the best only."
+    best = ("SELECT rowid, -bm25(words) AS score FROM words WHERE words MATCH ? "
+            "ORDER BY score DESC LIMIT ?")
+    meet = (f"SELECT number, id FROM texts WHERE number IN (SELECT value FROM json_each(?)) AND "
+            f"{condition}")
+    most = 4 * n
+    while True:  # until what is left is clearly worse than the n-th
+        rows = self.rows(best, asked, most)
+        ids = dict(self.rows(meet, json.dumps([row for row, _ in rows]), *values))
+        found = sorted((-score, ids[row]) for row, score in rows if row in ids)[:n]
+        if len(rows) < most or (len(found) == n and -found[-1][0] > rows[-1][1]): break
+        most *= 8
+    return [(id, -score) for score, id in found]
+
+# %% ../nbs/02_store.ipynb #3f8e7a94
 @patch
 def match(self: Store, key: str,  # the name of the key function
           text: str,  # any words; other characters are ignored
@@ -667,11 +685,11 @@ def match(self: Store, key: str,  # the name of the key function
     if isinstance(allow, Filter): chosen, values = allow.sql, allow.values
     elif allow is None: chosen, values = "", []
     else: chosen, values = " AND id IN (SELECT value FROM json_each(?))", [json.dumps(list(allow))]
-    tables = "FROM words JOIN texts ON number = words.rowid WHERE words MATCH ? AND key = ?"
-    sql = f"SELECT id, -bm25(words) AS score {tables}{chosen} ORDER BY score DESC, id LIMIT ?"
-    found = self.rows(sql, telling, key, *values, n) if (telling := self._telling(asked)) else []
+    telling, condition = self._telling(asked), f"key = ?{chosen}"
+    found = self._best(telling, n, condition, [key, *values]) if telling else []
     if telling == asked or len(found) == n: return found
     there = {id for id, _ in found}
-    sql = f"SELECT id, 0.0 {tables}{chosen} ORDER BY words.rowid DESC LIMIT ?"  # the latest
+    sql = ("SELECT id, 0.0 FROM words JOIN texts ON number = words.rowid WHERE words MATCH ? AND "
+           f"{condition} ORDER BY words.rowid DESC LIMIT ?")  # the latest
     rest = self.rows(sql, asked, key, *values, n + len(found))
     return (found + [row for row in rest if row[0] not in there])[:n]
