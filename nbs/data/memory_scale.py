@@ -30,8 +30,8 @@ from exprag.trajectory import Step, Task, Trajectory
 
 VERBS = "mend,write,move,rename,speed up,document,remove,review,split,port".split(",")
 KINDS = "failing,slow,old,first,public,hidden,long,nightly,flaky,missing,last,small".split(",")
-PAIRS = 300  # of calls, one after the other
-AGENTS, EACH = 16, 20  # agents at once, and their pairs of calls
+PAIRS = 100  # of calls, one after the other
+AGENTS, EACH = 16, 5  # agents at once, and their pairs of calls
 
 
 def request(rng: Random) -> str:
