@@ -503,7 +503,7 @@ def changes(self: Store) -> tuple[int, int | None]:  # the second: None outside 
         count, = connection.execute("SELECT value FROM state WHERE name = 'changes'").fetchone()
         return int(count), connection.total_changes if connection.in_transaction else None
 
-# %% ../nbs/02_store.ipynb #e50ac550
+# %% ../nbs/02_store.ipynb #56b0aade
 @patch
 def writes(self: Store) -> tuple:
     "Another after every write to the file, whatever it changed, here or in another process."
@@ -511,6 +511,7 @@ def writes(self: Store) -> tuple:
         version, = connection.execute("PRAGMA data_version").fetchone()
         return version, connection.total_changes, self._pid
 
+# %% ../nbs/02_store.ipynb #4836ee53
 @patch
 def derived(self: Store, name: str, changes: tuple[int, int | None]) -> str | None:
     "What was kept under a name for this set of episodes; None if there is nothing."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['episode_of', 'control_tokens', 'Receipt', 'Augmented', 'ChatMemoryOptions', 'ChatMemory']
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #c5f01595
+# %% ../../nbs/memory/14_chat_memory.ipynb #9d09936b
 import asyncio
 import re
 import threading
@@ -22,7 +22,7 @@ from ..logs.messages import CHAT, chat_task, read_conversation, write_conversati
 from ..logs.messages import text_of as strict_text_of
 from ..logs.spans import traced
 from ..logs.turns import tool_call
-from .curation import Trust, make_room, trusted
+from .curation import Trust, make_room, own_sources, trusted
 from .maintenance import Erased, Redactor, erase
 from ..prompt import PlainText, PromptFormat
 from ..query import Encoder, Retriever, follow, within
@@ -247,18 +247,7 @@ class ChatMemoryOptions:
 
     def __post_init__(self): known(self.place, ("system", "last"), "place")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #e3a21056
-def _own_sources(store: Store, namespace: str, view: str) -> Stage:
-    "Drop experience that the view would show with what was read in another namespace."
-    def foreign(e):
-        return [id for id in sources(e, view) if not store.row(
-            "SELECT 1 FROM namespaces WHERE name = ? AND id = ?", namespace, id)]
-    def run(trajectory, candidates):
-        why = "what the view shows was also made from episodes of elsewhere"
-        return [(e, why if foreign(e) else None) for e in candidates]
-    return Stage("own_sources", run)
-
-# %% ../../nbs/memory/14_chat_memory.ipynb #c33d545d
+# %% ../../nbs/memory/14_chat_memory.ipynb #de291e1e
 class ChatMemory:
     "A memory for agents that speak in chat messages; safe for threads and processes."
     def __init__(self, store: Store,
@@ -275,7 +264,7 @@ class ChatMemory:
         stages = (trusted(self.trust), *options.stages)
         if only:
             retriever = within(retriever, options.namespace)
-            stages = (_own_sources(store, options.namespace, options.view), *stages)
+            stages = (own_sources(store, options.namespace, options.view), *stages)
         self.memory = Memory(retriever, stages, view=options.view, when=options.when, only=only)
         self.owner = digest([author, options.namespace])  # of receipts
         self._lock, self._warned = threading.RLock(), False
@@ -344,9 +333,8 @@ class ChatMemory:
             raise ValueError(f"success={success!r}: True (it did what was wanted), False, or None "
                              "(not known)")
         if score is None and task is None and success is not None: score = float(success)
-        made = self.episode(
-            messages, task, goal, success=success, score=score, provenance=provenance
-        )
+        made = self.episode(messages, task, goal, success=success, score=score,
+                            provenance=provenance)
         if not len(made):
             raise TrajectoryError(
                 f"nothing was done in these {len(messages)} messages: there is no "
@@ -356,8 +344,7 @@ class ChatMemory:
         kept = self._keep(made, bool(success or failures))
         if found is not None: self.settle(found, success)
         if kept is not None and self.options.most is not None:
-            make_room(self.store, self.options.most, namespace=self.options.namespace,
-                      keep=[kept.id])
+            make_room(self.store, self.options.most, self.options.namespace, keep=[kept.id])
         return kept
 
     @traced("delete_memory", lambda erased: ())
@@ -378,16 +365,14 @@ class ChatMemory:
             connection.execute("INSERT OR IGNORE INTO unfinished VALUES ('scrub')")
         return erase(self.store, ())._replace(episodes=len(ids))
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #5d461ec1
+# %% ../../nbs/memory/14_chat_memory.ipynb #581c7aed
 @patch
 def _recall(self: ChatMemory, now: Trajectory) -> Selection:
     "What the memory has for an episode; the first time that a setting leaves nothing, it is said."
     with self._lock: selection = self.memory.recall(now)
     if selection.experiences or self._warned: return selection
-    place = self.options.namespace
-    worlds = () if selection.dropped else sorted(world for world, in self.store.rows(
-        "SELECT DISTINCT world FROM trajectories WHERE ? IS NULL OR id IN "
-        "(SELECT id FROM namespaces WHERE name = ?)", place, place))
+    worlds = () if selection.dropped else sorted(
+        {world for world, *_ in self.store.census(self.options.namespace)})
     if selection.dropped and all(d.stage == "trusted" for d in selection.dropped):
         names = sorted({author_of(d.experience.trajectory) for d in selection.dropped})
         said = ", ".join(repr(name) if name else "an unknown author" for name in names)
@@ -476,15 +461,14 @@ def receipt(self: ChatMemory, of: Receipt | str  # a receipt, its id, or a conve
                      f"{self.options.namespace!r}: augment(messages, conversation=...) writes one, "
                      f"and it is kept for {_RECEIPT_DAYS} days")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #2b50c159
+# %% ../../nbs/memory/14_chat_memory.ipynb #e17a25d5
 @patch
 def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conversation's name
            success: bool | None  # None: it has ended, and nobody knows how
           ) -> Receipt:
     "Credit what a conversation had read; a second verdict corrects the first."
-    found, stamp, place = self.receipt(of), time.time(), [self.options.namespace]
-    here = "AND id IN (SELECT id FROM namespaces WHERE name = ?)"  # what has left is not credited
-    if place == [None]: here, place = "", []
+    found, stamp, place = self.receipt(of), time.time(), self.options.namespace
+    here = "AND (? IS NULL OR id IN (SELECT id FROM namespaces WHERE name = ?))"  # not what left
     with self.store.writing() as connection:
         before, = connection.execute("SELECT gain FROM receipts WHERE id = ?",
                                      [found.id]).fetchone() or (None,)
@@ -494,9 +478,9 @@ def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conve
         if gain is not None and gain != before:
             connection.execute(
                 "INSERT INTO usage SELECT id, ?, ?, ? FROM receipt_reads WHERE receipt = ? AND "
-                f"shown {here} ON CONFLICT(id) DO UPDATE SET uses = uses + excluded.uses, gain = gain + "
-                "excluded.gain, last = max(last, excluded.last)",
-                [int(before is None), gain - (before or 0.0), stamp, found.id, *place])
+                f"shown {here} ON CONFLICT(id) DO UPDATE SET uses = uses + excluded.uses, "
+                "gain = gain + excluded.gain, last = max(last, excluded.last)",
+                [int(before is None), gain - (before or 0.0), stamp, found.id, place, place])
     return found
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #6feabef3

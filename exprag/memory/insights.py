@@ -166,7 +166,7 @@ TABLES = ("""CREATE TABLE IF NOT EXISTS insights(
     """CREATE TRIGGER IF NOT EXISTS insight_lost_a_source AFTER DELETE ON insight_sources
     BEGIN DELETE FROM insights WHERE id = OLD.insight; END""")
 
-# %% ../../nbs/memory/09_insights.ipynb #91bd82d2
+# %% ../../nbs/memory/09_insights.ipynb #08c72db2
 class Insights:
     "What one model wrote about the episodes of a store: written once, deleted with its sources."
     def __init__(self, store: Store,
@@ -191,8 +191,8 @@ class Insights:
             sql += " AND id IN (SELECT insight FROM insight_sources WHERE episode = ?)"
             values.append(source)
         if self.namespace is not None:
-            sql += (" AND NOT EXISTS (SELECT 1 FROM insight_sources WHERE insight = insights.id AND "
-                    "episode NOT IN (SELECT id FROM namespaces WHERE name = ?))")
+            sql += (" AND NOT EXISTS (SELECT 1 FROM insight_sources WHERE insight = insights.id "
+                    "AND episode NOT IN (SELECT id FROM namespaces WHERE name = ?))")
             values.append(self.namespace)
         rows = self.store.rows(sql + " ORDER BY id", *values)
         records = [json.loads(record) for record, in rows]

@@ -53,13 +53,14 @@ def credit(store: Store,
         rows = [(float(gain), stamp, id, namespace, namespace) for id in set(ids)]
         return connection.executemany(insert, rows).rowcount
 
-# %% ../../nbs/memory/10_utility.ipynb #629bc384
+# %% ../../nbs/memory/10_utility.ipynb #9f5ac5d9
 def usage(store: Store,
           namespace: str | None = None  # only its episodes; None: all
          ) -> dict[str, Use]:  # by id; episodes never used are not in it
     "How often every episode was used so far, and with what gain."
     within, values = "", []
-    if namespace is not None: within, values = " JOIN namespaces USING(id) WHERE name = ?", [namespace]
+    if namespace is not None:
+        within, values = " JOIN namespaces USING(id) WHERE name = ?", [namespace]
     rows = store.rows(f"SELECT id, uses, gain, last FROM usage{within}", *values)
     return {id: Use(*numbers) for id, *numbers in rows}
 
