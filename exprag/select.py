@@ -7,15 +7,16 @@ __all__ = ['COMPOSITIONS', 'DEFAULT_STAGES', 'composition', 'Dropped', 'Stage', 
            'exclude_siblings', 'successes_only', 'top_k', 'token_budget', 'order', 'Selection', 'Once', 'Every',
            'Memory', 'NoMemory']
 
-# %% ../nbs/05_select.ipynb #48dc4f1f
+# %% ../nbs/05_select.ipynb #1dbee24a
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .query import Retriever
-from .store import Filter, Store
+from .store import Store
 from .trajectory import FrozenMap, Table, Task, Trajectory, digest, known, same_task, thaw
 from .views import Experience, load_view, render
 from .world import find_world, in_dialect, load_world
+from .words import Filter
 
 # %% ../nbs/05_select.ipynb #96528577
 COMPOSITIONS = ("all", "easy", "hard", "matched", "mismatched", "empty")

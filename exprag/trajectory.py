@@ -196,6 +196,14 @@ def digest(value,  # thawed JSON
     "The beginning of the SHA-256 of a value's canonical JSON."
     return hashlib.sha256(canonical_json(value)).hexdigest()[:length]
 
+# %% ../nbs/00_trajectory.ipynb #127e00d5
+def id_set_hash(ids: Iterable[str]  # sorted
+               ) -> str:  # 32 hex digits
+    "A hash of a set of ids."
+    content = hashlib.sha256()
+    for id in ids: content.update(id.encode() + b"\n")
+    return content.hexdigest()[:32]
+
 # %% ../nbs/00_trajectory.ipynb #aa14c7e6
 def whole_text(value):  # any value; what is not text is returned as it is
     "Text with U+FFFD for every lone surrogate (half a character), which UTF-8 cannot hold."

@@ -30,6 +30,7 @@ from exprag.select import Every
 from exprag.store import Store, StoreError
 from exprag.trajectory import Step, Task, Trajectory, TrajectoryError, whole_text
 from exprag.views import render
+from exprag.words import match, put_texts
 
 CASES = Path(__file__).parent / "data" / "cases"
 settings.register_profile("patient", deadline=None)
@@ -85,8 +86,8 @@ def test_a_store_takes_any_text(tmp_path_factory, a, b):
         store.add_many([t], namespace="n" + a)
         assert store.get(t.id).id == t.id and store.has_task(task)
         assert store.find(world=task.world, namespace="n" + a, authors=[a]) == [t.id]
-        store.put_texts("goal", {t.id: a})
-        store.match("goal", b)
+        put_texts(store, "goal", {t.id: a})
+        match(store, "goal", b)
         json.dumps([store.types(task.world), store.namespaces()], ensure_ascii=False).encode()
         found = check(store.path)
     assert found.ok, found

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from test_cases_live import in_a_read_only_place, shelf  # noqa: F401
 
 import exprag.store
+import exprag.words
 from exprag.memory.chat_memory import ChatMemory, ChatMemoryOptions
 from exprag.memory.hybrid import FusedRetriever, WordRetriever
 from exprag.memory.maintenance import check, erase
 from exprag.store import Store, id_set_hash
 from exprag.trajectory import Task, Trajectory
+from exprag.words import _telling, text_ids
 
 
 def episode(n, goal=None): return Trajectory(Task("w", "t", str(n), "train"), goal or f"lamp number{n} of {n % 7}", "")
@@ -36,7 +38,7 @@ def right(path):
         assert store.fingerprint() == id_set_hash(ids)
         words = WordRetriever(store)
         found = {h.id for h in words.search(asks("lamp"), len(ids) + 1)}
-        assert found == set(ids) == set(store.text_ids("goal"))
+        assert found == set(ids) == set(text_ids(store, "goal"))
 
 
 def test_a_new_process_does_not_hash_again(tmp_path, monkeypatch):
@@ -122,6 +124,7 @@ WRITER = """
 import random, sys
 from test_changes import episode, asks
 import exprag.store
+import exprag.words
 from exprag.memory.hybrid import WordRetriever
 from exprag.store import Store
 exprag.store._SLOW_TO_HASH = 0
@@ -234,12 +237,12 @@ def test_words_of_every_text_are_not_looked_for(tmp_path, monkeypatch):
         words, asked = WordRetriever(store), asks("mend the blue lamp of house7 in the hall, please")
         def same(n):
             quick = words.search(asked, n)
-            monkeypatch.setattr(exprag.store, "_MANY_TEXTS", 10 ** 9)
+            monkeypatch.setattr(exprag.words, "_MANY_TEXTS", 10 ** 9)
             slow = words.search(asked, n)
             monkeypatch.undo()
             return quick, slow
         words.index()
-        assert store._telling('"mend" OR "blue" OR "the"') == '"blue"'
+        assert _telling(store, '"mend" OR "blue" OR "the"') == '"blue"'
         quick, slow = same(60)
         assert [h.id for h in quick] == [h.id for h in slow] and max(abs(a.score - b.score) for a, b in zip(quick, slow)) < 1e-4
         quick, slow = same(500)  # more than share a telling word: the latest of the others follow

@@ -19,6 +19,7 @@ from exprag.memory.maintenance import (
     Redactor, check, erase, erase_namespace, finish_erasure, salvage)
 from exprag.store import APPLICATION_ID, MIGRATIONS, Store, StoreError
 from exprag.trajectory import Step, Task, Trajectory
+from exprag.words import match, put_texts
 
 SECRET = "xylquarzine"
 VECTOR = np.frombuffer(b"quarzinevectors!" * 24, "<f4")
@@ -58,7 +59,7 @@ def fill(store, count=60, secrets=3):
         {t.id: VECTOR if SECRET in t.goal else np.eye(96)[i % 96] for i, t in enumerate(all_)},
     )
     for start in range(0, len(all_), 7):
-        store.put_texts("goal", {t.id: t.goal for t in all_[start:start + 7]})
+        put_texts(store, "goal", {t.id: t.goal for t in all_[start:start + 7]})
     return [t.id for t in all_ if SECRET in t.goal]
 
 
@@ -181,8 +182,8 @@ def test_erased_is_gone_to_the_byte_while_the_store_is_open(tmp_path):
         assert (
             len(store) == 60
             and len(store.vector_ids("e", "goal")) == 60
-            and store.match("goal", SECRET) == []
-            and len(store.match("goal", "thing 7")) > 0
+            and match(store, "goal", SECRET) == []
+            and len(match(store, "goal", "thing 7")) > 0
         )
     assert check(tmp_path / "bank.db").ok
 
@@ -244,7 +245,7 @@ def test_kills_in_the_middle_of_erasing(tmp_path, rounds):
             assert left in (0, 5) and len(store) == 200 + left, "all of them or none"
             if left == 5:
                 assert (
-                    len(store.match("goal", SECRET, 50)) == 5
+                    len(match(store, "goal", SECRET, 50)) == 5
                     and len(store.get_vectors("e", "goal", ids)[0]) == 5
                 )
         verdict = check(here / "bank.db", mend=True)
@@ -491,7 +492,7 @@ def test_an_older_store_is_migrated_with_everything_in_it(tmp_path):
         assert store.find(added=(None, 1.0)) == store.find() and not store.find(
             added=(1.0, None)
         ), "when they came is not known: long ago"
-        assert store.add(episode(9)) and store.put_texts("goal", {episode(9).id: "words"}) == 1
+        assert store.add(episode(9)) and put_texts(store, "goal", {episode(9).id: "words"}) == 1
         store.delete("broken")
     assert check(tmp_path / "old.db").findings == ()
 

@@ -27,6 +27,7 @@ from exprag.memory.curation import let_in, shut_out
 from exprag.store import (
     APPLICATION_ID, COLUMNS, MIGRATIONS, Added, Store, StoreError, UnknownTrajectory, author_of, id_set_hash, row_of, statements)
 from exprag.trajectory import Step, Task, Trajectory, canonical_json
+from exprag.words import match, put_texts, text_ids
 
 
 def episode(i=0, type="boil", fold="train", score=100.0, success=True, variation=None, steps=3, **more):
@@ -133,15 +134,15 @@ def test_a_store_of_an_earlier_release_answers_the_same(old):
     for name, key, ids, vectors in said["vectors"]:
         assert store.vector_ids(name, key) == ids and sha(store.get_vectors(name, key)[1].tobytes()) == vectors
     for text, found in said["match"]:
-        assert [(id, pytest.approx(score)) for id, score in found] == store.match("goal", text), text
+        assert [(id, pytest.approx(score)) for id, score in found] == match(store, "goal", text), text
     assert {id: list(row) for id, *row in store.rows("SELECT id, uses, gain, last FROM usage")} == said["usage"]
 
 
 def test_a_store_of_an_earlier_release_takes_more(old):
     store, said = old
     assert store.add_many([*store, episode(1)]) == (1, len(said["ids"])), "ids have not changed"
-    store.put_texts("goal", {episode(1).id: "a red mug"})
-    assert [id for id, _ in store.match("goal", "red mug")][0] == episode(1).id
+    put_texts(store, "goal", {episode(1).id: "a red mug"})
+    assert [id for id, _ in match(store, "goal", "red mug")][0] == episode(1).id
     id = said["ids"][0]
     assert store.delete(id) and store.add_many([episode(1)], namespace="team").known == 1
     for table in ("vectors", "texts", "usage", "namespaces"): assert store.rows(f"SELECT 1 FROM {table} WHERE id = ?", id) == []
@@ -156,7 +157,7 @@ def test_a_file_of_schema_1_is_brought_up(tmp_path):
     raw.execute("PRAGMA user_version = 1"), raw.execute(f"PRAGMA application_id = {APPLICATION_ID}"), raw.close()
     with Store(tmp_path / "first.db") as store:
         assert list(store) == [episode(1)] and store.find(authors=["expert"]) == [episode(1).id]
-        assert store.add_many([episode(1), episode(2)], namespace="team") == (1, 1) and store.match("goal", "boil") == []
+        assert store.add_many([episode(1), episode(2)], namespace="team") == (1, 1) and match(store, "goal", "boil") == []
 
 
 # Adding, finding, deriving
@@ -407,7 +408,7 @@ def test_the_counter_moves_with_the_set_of_episodes_and_with_nothing_else(tmp_pa
         assert changes(store) == 0
         store.add_many([episode(1), episode(2)])
         assert changes(store) == 2
-        store.add(episode(1)), store.put_texts("goal", {episode(1).id: "x"}), shut_out(store, episode(1).id)
+        store.add(episode(1)), put_texts(store, "goal", {episode(1).id: "x"}), shut_out(store, episode(1).id)
         assert changes(store) == 2, "known before"
         with pytest.raises(RuntimeError), store.writing() as connection:
             connection.execute("DELETE FROM trajectories")
@@ -486,15 +487,15 @@ def test_namespaces_see_their_own(store):
 def test_words_find_and_follow(store):
     store.add_many([episode(i, goal_) for i, goal_ in enumerate(["boil", "melt", "boil"])])
     ids = [episode(i, g).id for i, g in enumerate(["boil", "melt", "boil"])]
-    assert store.put_texts("goal", {ids[0]: "boil the red water", ids[1]: "melt the red wax", ids[2]: "boil water, water", "0" * 32: "boil"}) == 3
-    found = store.match("goal", "WATER!")
+    assert put_texts(store, "goal", {ids[0]: "boil the red water", ids[1]: "melt the red wax", ids[2]: "boil water, water", "0" * 32: "boil"}) == 3
+    found = match(store, "goal", "WATER!")
     assert [id for id, _ in found] == [ids[2], ids[0]] and found[0][1] > found[1][1]
-    assert store.match("goal", "water", allow=[ids[0]])[0][0] == ids[0] and store.match("other", "water") == [] and store.match("goal", "water", n=1) == found[:1]
-    for odd in ('"', "NEAR(", "a* OR", "text:x", "", "-", "^", "\x00", "\ud800"): assert store.match("goal", odd) == []
-    store.put_texts("goal", {ids[2]: "freeze tea"})
-    assert store.match("goal", "water")[0][0] == ids[0] and len(store.text_ids("goal")) == 3
+    assert match(store, "goal", "water", allow=[ids[0]])[0][0] == ids[0] and match(store, "other", "water") == [] and match(store, "goal", "water", n=1) == found[:1]
+    for odd in ('"', "NEAR(", "a* OR", "text:x", "", "-", "^", "\x00", "\ud800"): assert match(store, "goal", odd) == []
+    put_texts(store, "goal", {ids[2]: "freeze tea"})
+    assert match(store, "goal", "water")[0][0] == ids[0] and len(text_ids(store, "goal")) == 3
     store.delete(ids[0])
-    assert store.match("goal", "water") == [] and store.put_texts("goal", {}) == 0
+    assert match(store, "goal", "water") == [] and put_texts(store, "goal", {}) == 0
 
 
 class Model(RuleBasedStateMachine):
@@ -526,7 +527,7 @@ class Model(RuleBasedStateMachine):
     def derive(self, i, n, value):
         id = episode(i, steps=1).id
         known = int(id in self.episodes)
-        assert self.stores[n].put_vectors("e", "goal", {id: np.full(2, value)}) == known == self.stores[n].put_texts("goal", {id: f"word{value}"})
+        assert self.stores[n].put_vectors("e", "goal", {id: np.full(2, value)}) == known == put_texts(self.stores[n], "goal", {id: f"word{value}"})
         if known: self.vectors[id] = self.texts[id] = value
 
     @rule(n=which)
@@ -542,7 +543,7 @@ class Model(RuleBasedStateMachine):
             assert store.namespaces() == {name: len(ids) for name, ids in self.spaces.items() if ids}
             ids, array = store.get_vectors("e", "goal")
             assert dict(zip(ids, array[:, 0].tolist() if ids else [])) == self.vectors
-            for value in range(4): assert [id for id, _ in store.match("goal", f"word{value}")] == sorted(id for id, v in self.texts.items() if v == value)
+            for value in range(4): assert [id for id, _ in match(store, "goal", f"word{value}")] == sorted(id for id, v in self.texts.items() if v == value)
 
     def teardown(self):
         for store in self.stores: store.close()

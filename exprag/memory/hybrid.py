@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RANK_OFFSET', 'Finder', 'WordRetriever', 'FusedRetriever', 'Reranked']
 
-# %% ../../nbs/memory/02_hybrid.ipynb #d860c161
+# %% ../../nbs/memory/02_hybrid.ipynb #57fbdbb8
 import json
 import sqlite3
 import threading
@@ -17,9 +17,10 @@ from typing import Protocol
 import numpy as np
 
 from ..query import NAMESPACES_KEPT, TextTooLong, chunks, follow, key_function, within
-from ..store import Store, id_set_hash, word_query
+from ..store import Store, id_set_hash
 from ..trajectory import Trajectory, whole_text
 from ..views import Cursor, Experience, Hit
+from ..words import match, put_texts, text_ids, word_query
 
 # %% ../../nbs/memory/02_hybrid.ipynb #e5a2af45
 class Finder(Protocol):
@@ -40,7 +41,7 @@ class Finder(Protocol):
     # within(namespace) -> a retriever that reads the episodes of this namespace only
     # follow(trajectories): called in the transaction that adds them
 
-# %% ../../nbs/memory/02_hybrid.ipynb #28c6d6c2
+# %% ../../nbs/memory/02_hybrid.ipynb #f6f740ad
 class WordRetriever:
     "Finds stored episodes by the words they share with the query: BM25."
     def __init__(self, store: Store,
@@ -91,7 +92,7 @@ class WordRetriever:
     def _add(self, ids: Sequence[str], batch: int) -> int:
         for start in range(0, len(ids), batch):
             some = ids[start:start + batch]
-            self.store.put_texts(self.key, {id: self.key_of(self.store.get(id)) for id in some})
+            put_texts(self.store, self.key, {id: self.key_of(self.store.get(id)) for id in some})
         return len(ids)
 
     def follow(self, trajectories: Sequence[Trajectory]) -> None:
@@ -101,7 +102,7 @@ class WordRetriever:
             there = self.store.rows("SELECT id FROM texts WHERE key = ? AND id IN (SELECT value "
                                     "FROM json_each(?))", self.key, json.dumps(list(texts)))
             new, name = texts.keys() - {id for id, in there}, f"texts {self.key}"
-            self.store.put_texts(self.key, {id: texts[id] for id in new})
+            put_texts(self.store, self.key, {id: texts[id] for id in new})
             count, _ = mark = self.store.changes()
             if self.store.derived(name, (count - len(new), None)):  # nothing else has come or gone
                 self.store.keep_derived(name, mark, "complete")
@@ -111,7 +112,7 @@ class WordRetriever:
         "The episodes that share words with the query, best first; ties by id."
         if n < 1: raise ValueError(f"search(n={n}): ask for at least one episode")
         if self._made_from != self.store.changes(): self.index()
-        rows = self.store.match(self.key, self.query_of(trajectory), n, allow)
+        rows = match(self.store, self.key, self.query_of(trajectory), n, allow)
         return [Hit(id, score, rank) for rank, (id, score) in enumerate(rows, 1)]
 
 # %% ../../nbs/memory/02_hybrid.ipynb #b9aff485

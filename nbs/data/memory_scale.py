@@ -27,6 +27,7 @@ from exprag.memory.hybrid import WordRetriever
 from exprag.query import goal
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory
+from exprag.words import put_texts
 
 VERBS = "mend,write,move,rename,speed up,document,remove,review,split,port".split(",")
 KINDS = "failing,slow,old,first,public,hidden,long,nightly,flaky,missing,last,small".split(",")
@@ -53,7 +54,7 @@ def fill(store: Store, count: int) -> None:
     for start in range(0, count, 5000):
         some = [episode(n, rng) for n in range(start, min(start + 5000, count))]
         store.add_many(some, batch=5000)
-        store.put_texts("goal", {t.id: goal(t) for t in some})
+        put_texts(store, "goal", {t.id: goal(t) for t in some})
     words.index()
 
 

@@ -377,6 +377,7 @@ def adding(count: int, folder: Path) -> dict:
 
     from exprag.store import COLUMNS, Store, row_of
     from exprag.trajectory import Trajectory
+    from exprag.words import put_texts
 
     lines = lzma.decompress(
         (Path(__file__).parent / "experience.jsonl.xz").read_bytes()
@@ -409,8 +410,7 @@ def adding(count: int, folder: Path) -> dict:
             "bare, sorted": lambda: bare(stores["bare, sorted"], sorted(rows, key=lambda r: r[0])),
             "add_many": lambda: stores["add_many"].add_many(batch),
             "words": (
-                lambda: stores["add_many"].put_texts(
-                    "goal", dict(zip(ids, (t.goal for t in batch)))
+                lambda: put_texts(stores["add_many"], "goal", dict(zip(ids, (t.goal for t in batch)))
                 )
             ),
         }
