@@ -168,6 +168,14 @@ def _in_agent_dialect(views: Sequence[str]) -> Stage:  # that may be shown
     def run(trajectory, candidates): return [(put(e, trajectory), None) for e in candidates]
     return Stage("in_agent_dialect", run)
 
+# %% ../nbs/05_select.ipynb #67e3430c
+def _not_shut_out(store: Store) -> Stage:
+    "Drop what was shut out of a store; the first stage of every memory."
+    def run(trajectory, candidates):
+        reasons = store.shut_outs()
+        return [(e, reasons.get(e.id)) for e in candidates]
+    return Stage("not_shut_out", run)
+
 # %% ../nbs/05_select.ipynb #041b9be1
 def run_stages(stages: Sequence[Stage],
                trajectory: Trajectory,  # the agent's episode so far
@@ -228,7 +236,7 @@ class Every:
         return len(now) - len(then) >= self.steps
     def describe(self) -> dict: return {"when": "every", "steps": self.steps}
 
-# %% ../nbs/05_select.ipynb #0aa3e8e4
+# %% ../nbs/05_select.ipynb #bda9c922
 DEFAULT_STAGES = (exclude_same_task(), successes_only(), top_k(2))  # two: the paper's default
 
 class Memory:
@@ -254,7 +262,8 @@ class Memory:
         counting = (i for i, s in enumerate(self.stages) if {"view", "views"} & set(s.settings))
         first = next(counting, len(self.stages))  # a budget counts translated text
         views = [view, *(v for s in self.stages for v in s.settings.get("views") or ())]
-        self._run = (*self.stages[:first], _in_agent_dialect(views), *self.stages[first:])
+        self._run = (_not_shut_out(retriever.store), *self.stages[:first],
+                     _in_agent_dialect(views), *self.stages[first:])
 
     def recall(self, trajectory: Trajectory  # what has happened so far; unfinished
               ) -> Selection:  # perhaps an empty one
@@ -274,9 +283,10 @@ class Memory:
 
     def describe(self) -> dict:
         "Everything that decides what it recalls, as JSON."
-        only = {"only": self.only} if self.only else {}
+        more, shut = {"only": self.only} if self.only else {}, self.retriever.store.shut_outs()
+        if shut: more["shut_out"] = sorted(shut)
         return {"kind": "retrieved", "composition": self.composition, "view": self.view,
-                "pool": self.pool, **only, "asked": self.when.describe(),
+                "pool": self.pool, **more, "asked": self.when.describe(),
                 "stages": [s.describe() for s in self.stages],
                 "retriever": self.retriever.describe()}
 

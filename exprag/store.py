@@ -25,7 +25,7 @@ from fastcore.basics import patch
 
 from .trajectory import Task, Trajectory, canonical_json, thaw, whole_text
 
-# %% ../nbs/02_store.ipynb #9ae9e5e7
+# %% ../nbs/02_store.ipynb #a2718e99
 MIGRATIONS = ("""
     CREATE TABLE trajectories(
         id TEXT PRIMARY KEY, world TEXT NOT NULL, type TEXT NOT NULL, variation TEXT NOT NULL,
@@ -62,6 +62,16 @@ MIGRATIONS = ("""
     CREATE TRIGGER texts_out AFTER DELETE ON texts BEGIN
         INSERT INTO words(words, rowid, text) VALUES ('delete', old.number, old.text); END;
     CREATE TABLE unfinished(job TEXT PRIMARY KEY) WITHOUT ROWID;
+""", """
+    CREATE TABLE shut_out(
+        id TEXT PRIMARY KEY REFERENCES trajectories ON DELETE CASCADE,
+        reason TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+    CREATE TABLE state(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    INSERT INTO state VALUES ('changes', '0');
+    CREATE TRIGGER trajectories_in AFTER INSERT ON trajectories BEGIN
+        UPDATE state SET value = value + 1 WHERE name = 'changes'; END;
+    CREATE TRIGGER trajectories_out AFTER DELETE ON trajectories BEGIN
+        UPDATE state SET value = value + 1 WHERE name = 'changes'; END;
 """)
 APPLICATION_ID = 0x45585047  # "EXPG": tells our files from other people's SQLite files
 
@@ -322,7 +332,7 @@ class Added(NamedTuple):
     added: int  # new episodes
     known: int  # episodes whose content was there before (the first provenance is kept)
 
-# %% ../nbs/02_store.ipynb #655b97cc
+# %% ../nbs/02_store.ipynb #eb6b5f38
 @patch
 def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a generator
              batch: int = 1000,  # episodes a transaction; each batch is kept whole or not at all
@@ -336,9 +346,7 @@ def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a genera
               "ON CONFLICT(id) DO NOTHING")
     while chunk := sorted((row_of(t, now) for t in islice(several, batch)), key=itemgetter(0)):
         with self.writing() as connection:
-            before = connection.total_changes
-            connection.executemany(insert, chunk)
-            new = connection.total_changes - before
+            new = connection.executemany(insert, chunk).rowcount
             if new < len(chunk): _settle(connection, chunk, self.path)
             if namespace is not None:
                 connection.executemany("INSERT OR IGNORE INTO namespaces VALUES (?, ?)",
@@ -444,6 +452,32 @@ def types(self: Store, world: str) -> list[str]:  # sorted
 def namespaces(self: Store) -> dict[str, int]:
     "How many episodes each namespace has."
     return dict(self.rows("SELECT name, count(*) FROM namespaces GROUP BY name ORDER BY name"))
+
+# %% ../nbs/02_store.ipynb #542005ad
+@patch
+def shut_out(self: Store, id: str,  # of an episode
+             reason: str = "shut out by hand"  # said wherever it is left out
+            ) -> None:
+    "Let no memory show an episode; UnknownTrajectory if it is not here."
+    with self.writing() as connection:
+        done = connection.execute(
+            "INSERT OR REPLACE INTO shut_out SELECT id, ?, ? FROM trajectories WHERE id = ?",
+            [whole_text(reason), time.time(), id])
+        if not done.rowcount:
+            raise UnknownTrajectory(f"{self!r} holds no episode {id!r} that could be shut out")
+
+# %% ../nbs/02_store.ipynb #7ba95c1f
+@patch
+def let_in(self: Store, id: str) -> bool:  # False: it was not shut out
+    "Let memories show an episode again."
+    with self.writing() as connection:
+        return connection.execute("DELETE FROM shut_out WHERE id = ?", [id]).rowcount == 1
+
+# %% ../nbs/02_store.ipynb #df78286d
+@patch
+def shut_outs(self: Store) -> dict[str, str]:  # reason by id
+    "What no memory shows, and why."
+    return dict(self.rows("SELECT id, reason FROM shut_out ORDER BY id"))
 
 # %% ../nbs/02_store.ipynb #47c91b8c
 def id_set_hash(ids: Iterable[str]  # sorted

@@ -158,6 +158,18 @@ def test_pool_grows_until_the_places_are_filled(store, retriever):
     assert len(Memory(retriever, (exclude_same_task(),), "easy", pool=5).recall(query)) <= 5, "without a limit, the pool is the limit"
 
 
+def test_what_was_shut_out_is_dropped_first_with_the_reason_given(store, retriever):
+    memory = Memory(retriever, [top_k(2)])
+    nearest, before = memory.recall(standing()).ids[0], memory.fingerprint
+    store.shut_out(nearest, "it leads to the wrong door")
+    found = memory.recall(standing())
+    assert nearest not in found.ids and len(found) == 2 and memory.fingerprint != before
+    assert [(d.id, d.stage, d.reason) for d in found.dropped if d.id == nearest] == [(nearest, "not_shut_out", "it leads to the wrong door")]
+    assert any("it leads to the wrong door" in row for row in found.explain().rows)
+    store.let_in(nearest)
+    assert memory.recall(standing()).ids[0] == nearest and memory.fingerprint == before
+
+
 def test_nothing_is_legal(store, retriever):
     for memory in (Memory(retriever, composition="empty"), Memory(retriever, (top_k(0),)), NoMemory()):
         chosen = memory.recall(standing())

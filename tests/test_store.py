@@ -56,7 +56,7 @@ def test_wrong_files(tmp_path):
     raw = sqlite3.connect(tmp_path / "future.db")
     raw.execute("PRAGMA user_version = 99")
     raw.commit(), raw.close()
-    with pytest.raises(StoreError, match="has schema 99 and this release knows schema 2.*upgrade"):
+    with pytest.raises(StoreError, match="has schema 99 and this release knows schema 3.*upgrade"):
         Store(tmp_path / "future.db")
     with pytest.raises(StoreError, match="is not there"):
         Store(tmp_path / "typo.db", create=False)
@@ -106,7 +106,7 @@ def test_many_who_open_a_new_file_at_once(tmp_path):
 
 def test_a_script_is_cut_into_statements():
     assert [s.split()[1] for s in statements("CREATE TABLE a(x); CREATE TRIGGER t AFTER INSERT ON a BEGIN DELETE FROM a; DELETE FROM a; END; DROP TABLE b;")] == ["TABLE", "TRIGGER", "TABLE"]
-    assert sum(len(statements(script)) for script in MIGRATIONS) == 17
+    assert sum(len(statements(script)) for script in MIGRATIONS) == 22
 
 
 DATA = Path(__file__).parent / "data"
@@ -385,6 +385,35 @@ def test_two_writers_and_a_reader_at_once(tmp_path):
         kept = set(store.find())
     # a last id may be cut short by the kill
     assert all({i for i in ids if len(i) == 32} <= kept for ids in written)
+
+
+def changes(store): return int(store.row("SELECT value FROM state WHERE name = 'changes'")[0])
+
+
+def test_what_is_shut_out_stays_and_is_gone_with_its_episode(tmp_path):
+    with Store(tmp_path / "s.db") as store:
+        store.add_many([episode(1), episode(2)])
+        with pytest.raises(UnknownTrajectory, match="holds no episode"): store.shut_out("0" * 32)
+        store.shut_out(episode(1).id, "a detour"), store.shut_out(episode(1).id, "a longer detour")
+        assert store.shut_outs() == {episode(1).id: "a longer detour"} and len(store) == 2 and store.get(episode(1).id) == episode(1)
+        before = changes(store)
+        store.delete(episode(1).id)
+        assert store.shut_outs() == {} and not store.let_in(episode(1).id) and changes(store) == before + 1
+
+
+def test_the_counter_moves_with_the_set_of_episodes_and_with_nothing_else(tmp_path):
+    with Store(tmp_path / "s.db") as store:
+        assert changes(store) == 0
+        store.add_many([episode(1), episode(2)])
+        assert changes(store) == 2
+        store.add(episode(1)), store.put_texts("goal", {episode(1).id: "x"}), store.shut_out(episode(1).id)
+        assert changes(store) == 2, "known before"
+        with pytest.raises(RuntimeError), store.writing() as connection:
+            connection.execute("DELETE FROM trajectories")
+            raise RuntimeError
+        assert changes(store) == 2, "undone"
+        store.delete(episode(2).id)
+        assert changes(store) == 3
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -280,9 +280,10 @@ def _check_records(store: Store, mend: bool) -> list[Finding]:
         found.append(_finding("columns", what, "written again from the records", mend))
     return found
 
-# %% ../../nbs/memory/11_maintenance.ipynb #55f90aa9
+# %% ../../nbs/memory/11_maintenance.ipynb #ba85e719
 _BELONGS = {  # table to the column that names an episode
     "vectors": "id", "texts": "id", "namespaces": "id", "usage": "id",
+    "shut_out": "id",
     "place_vectors": "id",  # of exprag.memory.in_episode
     "receipt_reads": "id",  # of exprag.memory.chat_memory
     "insight_sources": "episode"}  # of exprag.memory.insights
@@ -407,11 +408,11 @@ def check(path: str | os.PathLike,  # of a store
         except sqlite3.DatabaseError: pass  # already among the findings
     return Diagnosis(path, tuple(dict.fromkeys(findings)), count, store.read_only)
 
-# %% ../../nbs/memory/11_maintenance.ipynb #dff33095
+# %% ../../nbs/memory/11_maintenance.ipynb #1110ecbc
 def salvage(path: str | os.PathLike,  # of the damaged store
             target: str | os.PathLike  # of the new one
            ) -> tuple[Added, tuple[str, ...]]:  # what was saved; ids that are known to be lost
-    "Copy every episode that can still be read, with its namespaces, to a new store."
+    "Copy what can still be read to a new store: episodes, namespaces, what was shut out."
     if Path(target).exists():
         raise StoreError(f"{target} is there already; give the path of a new file")
     raw = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)
@@ -432,5 +433,7 @@ def salvage(path: str | os.PathLike,  # of the damaged store
             connection.executemany("INSERT OR IGNORE INTO namespaces "
                                    "SELECT ?, id FROM trajectories WHERE id = ?",
                                    read("SELECT name, id FROM namespaces"))
+            connection.executemany("INSERT INTO shut_out SELECT id, ?, ? FROM trajectories "
+                                   "WHERE id = ?", read("SELECT reason, at, id FROM shut_out"))
     raw.close()
     return Added(saved, 0), tuple(lost)

@@ -44,7 +44,7 @@ Given = Annotated[str | None, Field(description="what search_experience gave you
 Steps = Annotated[list[Done], Field(description="what you did, in order", min_length=1,
                                     max_length=2000)]
 
-# %% ../../nbs/memory/18_mcp.ipynb #5016e8f4
+# %% ../../nbs/memory/18_mcp.ipynb #dbfe0fd0
 class MemoryTools:
     "What an agent can do with a memory; safe for threads, like the memory."
     def __init__(self, memory: ChatMemory): self.memory = memory
@@ -65,7 +65,7 @@ class MemoryTools:
     def read_episode(self, episode: Annotated[str, Field(description="an id, whole")]) -> str:
         "Read an episode that search_experience named, with everything that was observed."
         memory = self.memory
-        if not self._holds(episode):
+        if not self._holds(episode) or episode in memory.store.shut_outs():
             raise StoreError(f"there is no episode {episode!r} here; search_experience names some")
         found = memory.store.get(episode)
         level = memory.trust.level(found)
