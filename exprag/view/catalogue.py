@@ -150,9 +150,9 @@ class Catalogue:
         raise ValueError(f"{len(rows) or 'no'} episodes have an id that begins with {id[:40]!r}; "
                          "give more of it")
 
-# %% ../../nbs/view/01_catalogue.ipynb #33911836
+# %% ../../nbs/view/01_catalogue.ipynb #7915133f
 @patch
-def _rows(self: Catalogue, ids: Sequence[str], notes: Mapping[str, str] = {}) -> list[Row]:
+def rows(self: Catalogue, ids: Sequence[str], notes: Mapping[str, str] = {}) -> list[Row]:
     "The rows of some episodes, in this order; ids that are not there are passed over."
     sql = ("SELECT id, world, type, variation, fold, success, score, steps, "
            "json_extract(CASE WHEN json_valid(record) THEN record ELSE '{}' END, '$.goal'), author, "
@@ -179,7 +179,7 @@ def _listed(self: Catalogue, filters: Filters, at: tuple[float, str] | None,
         f"SELECT added, id FROM trajectories INDEXED BY trajectories_by_author WHERE {where} "
         f"ORDER BY added {order}, id {order} LIMIT ?", *values, most)
 
-# %% ../../nbs/view/01_catalogue.ipynb #dd0a09f4
+# %% ../../nbs/view/01_catalogue.ipynb #efe7519e
 @patch
 def page(self: Catalogue, filters: Filters = Filters(),
          at: tuple[float, str] | None = None,  # a place of another page; None: the newest
@@ -194,7 +194,7 @@ def page(self: Catalogue, filters: Filters = Filters(),
     if not listed: return Page((), total, 0)
     if newer: listed.reverse()
     before = self._before(filters, listed[0])
-    rows = self._rows([id for _, id in listed])
+    rows = self.rows([id for _, id in listed])
     return Page(tuple(rows), total, before, listed[0] if before else None,
                 listed[-1] if newer or further else None)
 
@@ -255,7 +255,7 @@ def _holding(self: Catalogue, listed: Sequence[tuple[float, str]], text: str, se
         hits = dict(self.store.rows(sql, json.dumps([id for _, id in part]), _pattern(text)))
         for place in part: yield place, look(hits[place[1]], text) if place[1] in hits else None
 
-# %% ../../nbs/view/01_catalogue.ipynb #bc7e648f
+# %% ../../nbs/view/01_catalogue.ipynb #d93b6a55
 @patch
 def _page_with_text(self: Catalogue, filters: Filters, at: tuple[float, str] | None, size: int,
                     seconds: float) -> Page:
@@ -267,7 +267,7 @@ def _page_with_text(self: Catalogue, filters: Filters, at: tuple[float, str] | N
         if len(notes) == size: break
     left, full = len(listed) - done, len(notes) == size
     total = self.count(filters)
-    return Page(tuple(self._rows(list(notes), notes)), total, total - len(listed), None,
+    return Page(tuple(self.rows(list(notes), notes)), total, total - len(listed), None,
                 place if left else None, 0 if full else left)
 
 # %% ../../nbs/view/01_catalogue.ipynb #f8aa0722
@@ -294,7 +294,7 @@ def check_prepared(self: Catalogue, retriever) -> None:
         raise NotPrepared(f"{missing:,} of {len(self.store):,} episodes have no {what} of their "
                           f"{retriever.key} yet; {how} makes them, once")
 
-# %% ../../nbs/view/01_catalogue.ipynb #36785dc6
+# %% ../../nbs/view/01_catalogue.ipynb #6b348718
 @patch
 def nearest(self: Catalogue, text: str,  # what an agent would have to do
             retriever,  # a `WordRetriever`, a `Retriever`
@@ -307,7 +307,7 @@ def nearest(self: Catalogue, text: str,  # what an agent would have to do
     asked = Trajectory(Task("exprag", "view", "1", "test"), text, "")
     hits = retriever.search(asked, n, allow)
     notes = {hit.id: f"rank {hit.rank}, score {hit.score:.3f}" for hit in hits}
-    return Page(tuple(self._rows(list(notes), notes)), self.count(wanted), 0)
+    return Page(tuple(self.rows(list(notes), notes)), self.count(wanted), 0)
 
 # %% ../../nbs/view/01_catalogue.ipynb #0911fe40
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _was_shown(record: str, id: str) -> str | None:
     found = any(id in (about.get(name) or ()) for name in ("retrieved", "recalled"))
     return "shown at its beginning" if found else None
 
-# %% ../../nbs/view/01_catalogue.ipynb #0b4dda03
+# %% ../../nbs/view/01_catalogue.ipynb #ede91ba6
 @patch
 def as_experience(self: Catalogue, trajectory: Trajectory, most: int = 20,  # rows of each kind
                   seconds: float = 1.5  # for the readers, and for the siblings
@@ -357,8 +357,8 @@ def as_experience(self: Catalogue, trajectory: Trajectory, most: int = 20,  # ro
         for (_, other), note in self._holding(listed, text, seconds, look):
             done += 1
             if note is not None and other != id: notes[other] = note
-            if len(notes) == most: return self._rows(list(notes), notes), 0
-        return self._rows(list(notes), notes), len(listed) - done
+            if len(notes) == most: return self.rows(list(notes), notes), 0
+        return self.rows(list(notes), notes), len(listed) - done
     of_type = Filters(world=t.task.world, type=t.task.type)
     def sibling(record, _):
         return "" if are_siblings(t, Trajectory.from_dict(json.loads(record))) else None
@@ -368,7 +368,7 @@ def as_experience(self: Catalogue, trajectory: Trajectory, most: int = 20,  # ro
     readers, left = through(self._listed(Filters(), None, False, -1), id, _was_shown)
     siblings, more = through(self._listed(of_type, None, False, -1), t.goal[:500], sibling)
     return Experienced(Use(*row) if row else None, self._conversations(id), tuple(readers),
-                       tuple(siblings), tuple(self._rows([i for i, in same])), left + more)
+                       tuple(siblings), tuple(self.rows([i for i, in same])), left + more)
 
 # %% ../../nbs/view/01_catalogue.ipynb #92ce4a11
 def redacted(store: Store, id: str, redactor: Redactor = Redactor()

@@ -94,7 +94,7 @@ class Why:
                  "taken": what == "taken", "there": by_start[start].id in store}
                 for rank, score, start, task, what, why in self.selection.explain(50).rows]
 
-# %% ../../nbs/view/02_why.ipynb #173e8508
+# %% ../../nbs/view/02_why.ipynb #300ce4da
 class Explainer:
     "Asks the memories of episodes again; the sentence encoder is loaded when first needed."
     def __init__(self, store: Store,
@@ -115,6 +115,10 @@ class Explainer:
     def words(self, key: str = "goal", query: str = "goal") -> WordRetriever:
         "A retriever by words."
         return self._kept(("words", key, query), lambda: WordRetriever(self.store, key, query))
+
+    def forget(self) -> None:
+        "Drop every index in this process, with the vectors of what may be erased by now."
+        self._retrievers.clear()
 
     def _kept(self, key, make):
         if key not in self._retrievers: self._retrievers[key] = make()
