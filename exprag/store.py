@@ -25,7 +25,7 @@ from fastcore.basics import patch
 
 from .trajectory import Task, Trajectory, canonical_json, thaw, whole_text
 
-# %% ../nbs/02_store.ipynb #a2718e99
+# %% ../nbs/02_store.ipynb #0ec0b097
 MIGRATIONS = ("""
     CREATE TABLE trajectories(
         id TEXT PRIMARY KEY, world TEXT NOT NULL, type TEXT NOT NULL, variation TEXT NOT NULL,
@@ -63,8 +63,7 @@ MIGRATIONS = ("""
         INSERT INTO words(words, rowid, text) VALUES ('delete', old.number, old.text); END;
     CREATE TABLE unfinished(job TEXT PRIMARY KEY) WITHOUT ROWID;
 """, """
-    CREATE TABLE shut_out(
-        id TEXT PRIMARY KEY REFERENCES trajectories ON DELETE CASCADE,
+    CREATE TABLE shut_out(id TEXT PRIMARY KEY REFERENCES trajectories ON DELETE CASCADE,
         reason TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
     CREATE TABLE state(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     INSERT INTO state VALUES ('changes', '0');
@@ -184,7 +183,7 @@ def _set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #bf49b23a
+# %% ../nbs/02_store.ipynb #2c49dd8c
 class Store:
     "Episodes in one SQLite file, safe for threads and processes."
     def __init__(self, path: str | os.PathLike,  # one SQLite file
@@ -256,6 +255,10 @@ class Store:
     def __len__(self): return self.row("SELECT count(*) FROM trajectories")[0]
     def __contains__(self, id: str):
         return self.row("SELECT 1 FROM trajectories WHERE id = ?", id) is not None
+
+    def shut_outs(self) -> dict[str, str]:  # reason by id
+        "What no memory shows, and why; see `exprag.memory.curation.shut_out`."
+        return dict(self.rows("SELECT id, reason FROM shut_out ORDER BY id"))
 
 # %% ../nbs/02_store.ipynb #1a0723dc
 COLUMNS = ("id", "world", "type", "variation", "fold", "success", "score", "steps", "record",
@@ -452,32 +455,6 @@ def types(self: Store, world: str) -> list[str]:  # sorted
 def namespaces(self: Store) -> dict[str, int]:
     "How many episodes each namespace has."
     return dict(self.rows("SELECT name, count(*) FROM namespaces GROUP BY name ORDER BY name"))
-
-# %% ../nbs/02_store.ipynb #542005ad
-@patch
-def shut_out(self: Store, id: str,  # of an episode
-             reason: str = "shut out by hand"  # said wherever it is left out
-            ) -> None:
-    "Let no memory show an episode; UnknownTrajectory if it is not here."
-    with self.writing() as connection:
-        done = connection.execute(
-            "INSERT OR REPLACE INTO shut_out SELECT id, ?, ? FROM trajectories WHERE id = ?",
-            [whole_text(reason), time.time(), id])
-        if not done.rowcount:
-            raise UnknownTrajectory(f"{self!r} holds no episode {id!r} that could be shut out")
-
-# %% ../nbs/02_store.ipynb #7ba95c1f
-@patch
-def let_in(self: Store, id: str) -> bool:  # False: it was not shut out
-    "Let memories show an episode again."
-    with self.writing() as connection:
-        return connection.execute("DELETE FROM shut_out WHERE id = ?", [id]).rowcount == 1
-
-# %% ../nbs/02_store.ipynb #df78286d
-@patch
-def shut_outs(self: Store) -> dict[str, str]:  # reason by id
-    "What no memory shows, and why."
-    return dict(self.rows("SELECT id, reason FROM shut_out ORDER BY id"))
 
 # %% ../nbs/02_store.ipynb #47c91b8c
 def id_set_hash(ids: Iterable[str]  # sorted

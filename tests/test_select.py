@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoders import Letters
+from exprag.memory.curation import let_in, shut_out
 from exprag.query import Retriever
 from exprag.select import (
     COMPOSITIONS, Every, Memory, NoMemory, Once, Selection, Stage, are_siblings, composition, exclude_same_task, exclude_siblings, order, run_stages,
@@ -161,12 +162,12 @@ def test_pool_grows_until_the_places_are_filled(store, retriever):
 def test_what_was_shut_out_is_dropped_first_with_the_reason_given(store, retriever):
     memory = Memory(retriever, [top_k(2)])
     nearest, before = memory.recall(standing()).ids[0], memory.fingerprint
-    store.shut_out(nearest, "it leads to the wrong door")
+    shut_out(store, nearest, "it leads to the wrong door")
     found = memory.recall(standing())
     assert nearest not in found.ids and len(found) == 2 and memory.fingerprint != before
     assert [(d.id, d.stage, d.reason) for d in found.dropped if d.id == nearest] == [(nearest, "not_shut_out", "it leads to the wrong door")]
     assert any("it leads to the wrong door" in row for row in found.explain().rows)
-    store.let_in(nearest)
+    let_in(store, nearest)
     assert memory.recall(standing()).ids[0] == nearest and memory.fingerprint == before
 
 

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from exprag.memory.curation import let_in, shut_out
 from exprag.store import (
     APPLICATION_ID, COLUMNS, MIGRATIONS, Added, Store, StoreError, UnknownTrajectory, author_of, id_set_hash, row_of, statements)
 from exprag.trajectory import Step, Task, Trajectory, canonical_json
@@ -393,12 +394,12 @@ def changes(store): return int(store.row("SELECT value FROM state WHERE name = '
 def test_what_is_shut_out_stays_and_is_gone_with_its_episode(tmp_path):
     with Store(tmp_path / "s.db") as store:
         store.add_many([episode(1), episode(2)])
-        with pytest.raises(UnknownTrajectory, match="holds no episode"): store.shut_out("0" * 32)
-        store.shut_out(episode(1).id, "a detour"), store.shut_out(episode(1).id, "a longer detour")
+        with pytest.raises(UnknownTrajectory, match="holds no episode"): shut_out(store, "0" * 32)
+        shut_out(store, episode(1).id, "a detour"), shut_out(store, episode(1).id, "a longer detour")
         assert store.shut_outs() == {episode(1).id: "a longer detour"} and len(store) == 2 and store.get(episode(1).id) == episode(1)
         before = changes(store)
         store.delete(episode(1).id)
-        assert store.shut_outs() == {} and not store.let_in(episode(1).id) and changes(store) == before + 1
+        assert store.shut_outs() == {} and not let_in(store, episode(1).id) and changes(store) == before + 1
 
 
 def test_the_counter_moves_with_the_set_of_episodes_and_with_nothing_else(tmp_path):
@@ -406,7 +407,7 @@ def test_the_counter_moves_with_the_set_of_episodes_and_with_nothing_else(tmp_pa
         assert changes(store) == 0
         store.add_many([episode(1), episode(2)])
         assert changes(store) == 2
-        store.add(episode(1)), store.put_texts("goal", {episode(1).id: "x"}), store.shut_out(episode(1).id)
+        store.add(episode(1)), store.put_texts("goal", {episode(1).id: "x"}), shut_out(store, episode(1).id)
         assert changes(store) == 2, "known before"
         with pytest.raises(RuntimeError), store.writing() as connection:
             connection.execute("DELETE FROM trajectories")
