@@ -33,7 +33,7 @@ def _run_demo(given: argparse.Namespace) -> None:
     print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the "
           "store of experience.")
 
-# %% ../nbs/21_command_line.ipynb #5b3defd6
+# %% ../nbs/21_command_line.ipynb #7921ae19
 _SIZES = {
     "quick": "a small version: two task types, a dozen training steps",
     "wide": "a large version: up to five test episodes of each type, some four times the "
@@ -51,8 +51,8 @@ _DEMO_OPTIONS = {
               "help": "one test episode of each hard type, or up to five (default: demo; "
                       "test-hard if wide)"},
     "track-progress": {"action": "store_true",
-                       "help": "the memory follows the agent (progress tracking) instead of showing "
-                               "whole episodes once; adds a condition to the controls"},
+                       "help": "the memory follows the agent (progress tracking) instead of "
+                               "showing whole episodes once; adds a condition to the controls"},
     "controls": {"action": "store_true",
                  "help": "eight conditions instead of five: also replay, random experience and "
                          "oracle experience (nine with --track-progress)"},

@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'STATES', 'UNKNOWN', 'MADE_ON_THE_WAY', 'Filters', 'Row', 'Page', 'Catalogue', 'excerpt', 'NotPrepared',
            'Experienced', 'redacted', 'redact']
 
-# %% ../../nbs/view/01_catalogue.ipynb #d1e150a4
+# %% ../../nbs/view/01_catalogue.ipynb #a4191540
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from ..memory.hybrid import WordRetriever
 from ..memory.maintenance import Redactor, erase, finish_erasure
 from ..memory.utility import Use
 from ..select import are_siblings
-from ..store import Store, author_of
+from ..store import Store, UnknownTrajectory, author_of
 from ..trajectory import Task, Trajectory, canonical_json, known
 from .pieces import Piece, outcome
 
@@ -82,7 +82,7 @@ def _where(filters: Filters) -> tuple[str, list]:
     if f.state: parts.append(f"id {STATES[f.state]} (SELECT id FROM shut_out)")
     return " AND ".join(parts), values
 
-# %% ../../nbs/view/01_catalogue.ipynb #c694e2b2
+# %% ../../nbs/view/01_catalogue.ipynb #3700f0f8
 @dataclass(frozen=True)
 class Row:
     "An episode in a list."
@@ -104,7 +104,7 @@ class Row:
     def facts(self) -> list[str]:
         "What a list says under the goal."
         when = datetime.fromtimestamp(self.added, timezone.utc).strftime("%Y-%m-%d %H:%M")
-        said = [self.task, f"{self.steps:,} steps"]
+        said = [self.task, f"{self.steps:,} step{'s' * (self.steps != 1)}"]
         if self.score is not None: said.append(f"score {self.score:g}")
         return [*said, f"by {self.author or 'an unknown author'}", *[when] * bool(self.added)]
 
@@ -121,7 +121,7 @@ class Page:
 
     def _repr_html_(self): return Piece("listed", (self.rows,))._repr_html_()
 
-# %% ../../nbs/view/01_catalogue.ipynb #061e8886
+# %% ../../nbs/view/01_catalogue.ipynb #c6ca8ef6
 class Catalogue:
     "What a store can say to a person; safe for threads."
     def __init__(self, store: Store): self.store = store
@@ -147,20 +147,20 @@ class Catalogue:
         rows = self.store.rows("SELECT id FROM trajectories WHERE id >= ? AND id < ? LIMIT 2",
                                id.lower(), id.lower() + "g") if digits else []
         if len(rows) == 1: return rows[0][0]
-        raise ValueError(f"{len(rows) or 'no'} episodes have an id that begins with {id[:40]!r}; "
-                         "give more of it")
+        if rows: raise ValueError(f"more than one id begins with {id[:40]!r}; give more of it")
+        raise UnknownTrajectory(f"no episode of {self.store!r} has an id that begins with "
+                                f"{id[:40]!r}; was it erased?")
 
-# %% ../../nbs/view/01_catalogue.ipynb #7915133f
+# %% ../../nbs/view/01_catalogue.ipynb #4d8c2706
 @patch
 def rows(self: Catalogue, ids: Sequence[str], notes: Mapping[str, str] = {}) -> list[Row]:
     "The rows of some episodes, in this order; ids that are not there are passed over."
-    sql = ("SELECT id, world, type, variation, fold, success, score, steps, "
-           "json_extract(CASE WHEN json_valid(record) THEN record ELSE '{}' END, '$.goal'), author, "
-           "added FROM trajectories WHERE id IN (SELECT value FROM json_each(?))")
-    made, shut = {}, self.store.shut_outs()
-    for id, *task, success, score, steps, goal, author, added in self.store.rows(sql, json.dumps(
-            list(ids))):
-        goal = "(this record cannot be read: exprag doctor)" if goal is None else goal
+    sql = ("SELECT id, world, type, variation, fold, success, score, steps, author, added, record "
+           "FROM trajectories WHERE id IN (SELECT value FROM json_each(?))")
+    made, shut, asked = {}, self.store.shut_outs(), json.dumps(list(ids))
+    for id, *task, success, score, steps, author, added, record in self.store.rows(sql, asked):
+        try: goal = str(json.loads(record)["goal"])
+        except (ValueError, KeyError): goal = "(this record cannot be read: exprag doctor)"
         made[id] = Row(id, str(Task(*task)), goal, None if success is None else bool(success),
                        score, steps, author, added, notes.get(id, ""), shut.get(id, ""))
     return [made[id] for id in ids if id in made]
@@ -402,6 +402,6 @@ def redact(store: Store, id: str, redactor: Redactor = Redactor(),
     finish_erasure(store)
     return id
 
-# %% ../../nbs/view/01_catalogue.ipynb #66b54d81
-_CARRIED = {"namespaces": "name", "usage": "uses, gain, last", "shut_out": "reason, at"}  # tables about an episode,
-# and what of them stays true of it when it is redacted
+# %% ../../nbs/view/01_catalogue.ipynb #c1e2ce6c
+_CARRIED = {"namespaces": "name", "usage": "uses, gain, last", "shut_out": "reason, at"}
+# tables about an episode, and what of them stays true of it when it is redacted

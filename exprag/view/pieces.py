@@ -103,11 +103,11 @@ def asked(trajectory: Trajectory) -> list[tuple[int, tuple[str, ...]]]:  # (step
         if name in about: return [(0, tuple(map(str, about[name])))]
     return []
 
-# %% ../../nbs/view/00_pieces.ipynb #b53a547c
+# %% ../../nbs/view/00_pieces.ipynb #8a89e999
 def _facts_of(trajectory: Trajectory) -> list[tuple[str, str]]:
     "What an episode's provenance says, for its head."
     about = trajectory.provenance
-    facts = [("goal", trajectory.goal), ("author", author_of(trajectory) or "unknown"),
+    facts = [("author", author_of(trajectory) or "unknown"),
              ("steps", f"{len(trajectory):,}")]
     if trajectory.score is not None: facts.append(("score", f"{trajectory.score:g}"))
     if about.get("stop"): facts.append(("stopped by", str(about["stop"])))
@@ -116,12 +116,12 @@ def _facts_of(trajectory: Trajectory) -> list[tuple[str, str]]:
         facts.append(("tokens", ", ".join(f"{v:,} {k}" for k, v in tokens.items() if v)))
     if about.get("seconds"): facts.append(("seconds", f"{about['seconds']:g}"))
     left = {"asks", "retrieved", "recalled", "stop", "tokens", "seconds", "author", "policy",
-            "memory"}
+            "memory", *["actor"] * (about.get("actor") == author_of(trajectory))}
     facts += [(k, canonical_json(thaw(v)).decode("ascii")[:300] if not isinstance(v, str) else v)
               for k, v in about.items() if k not in left]
     return facts
 
-# %% ../../nbs/view/00_pieces.ipynb #a5d14da2
+# %% ../../nbs/view/00_pieces.ipynb #df68c110
 PAGE_STEPS = 200  # of an episode that a page shows at once
 
 def episode(trajectory: Trajectory,
@@ -133,7 +133,7 @@ def episode(trajectory: Trajectory,
     "An episode for the macro `episode`."
     t, asks = trajectory, asked(trajectory) if asks is None else asks
     steps = list(enumerate(t.steps, 1))[first:first + PAGE_STEPS]
-    return {"task": str(t.task), "outcome": outcome(t.success, t.score),
+    return {"task": str(t.task), "goal": t.goal, "outcome": outcome(t.success, t.score),
             "facts": [*_facts_of(t), *facts], "first": t.first_observation if not first else "...",
             "steps": [_shown_step(n, step) for n, step in steps],
             "asked": [{"at": at, "shown": remembered(ids, goals)} for at, ids in asks]}

@@ -148,7 +148,7 @@ class PanelNow:
         "A task's episode in each run."
         return [p.episodes.get(task) for p in self.played]
 
-# %% ../../nbs/view/03_runs.ipynb #f0369560
+# %% ../../nbs/view/03_runs.ipynb #930a291c
 @patch
 def parts(self: PanelNow, question: Question = PRIMARY) -> dict:
     "The tables and the figure for the templates; `wrong` says why there are none."
@@ -157,7 +157,8 @@ def parts(self: PanelNow, question: Question = PRIMARY) -> dict:
     if not self.common: return {**made, "wrong": "No task is finished by every condition yet."}
     try:
         shown = panel(self.results(), question, [q for q in SECONDARY if q != question])
-        return {**made, "panel": shown}
+        there = [t for t in shown["tables"] if t.rows]  # no contrast may have been run
+        return {**made, "panel": {**shown, "tables": there}}
     except (ValueError, KeyError) as error: return {**made, "wrong": str(error)}
 
 # %% ../../nbs/view/03_runs.ipynb #f6158c1e

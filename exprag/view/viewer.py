@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'Guard', 'Viewer', 'application', 'serve']
 
-# %% ../../nbs/view/04_viewer.ipynb #32069487
+# %% ../../nbs/view/04_viewer.ipynb #6ef1f19e
 import mmap
 import os
 import secrets
@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from threading import Lock
 from urllib.parse import parse_qs, quote, urlencode
 
 from fastcore.basics import patch
@@ -24,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from ..memory.curation import let_in, shut_out
 from ..memory.maintenance import erase, index_files
 from ..store import Store, StoreError, UnknownTrajectory, author_of
 from ..trajectory import Table, Trajectory, known
@@ -33,7 +35,7 @@ from .pieces import PAGE_STEPS, aligned, episode, remembered, templates
 from .runs import PanelNow, RunFolder
 from .why import Explainer, when_asked
 
-# %% ../../nbs/view/04_viewer.ipynb #7c268f0f
+# %% ../../nbs/view/04_viewer.ipynb #c28a5b10
 @dataclass(frozen=True)
 class Place:
     "A store, a folder of runs, or both."
@@ -45,7 +47,8 @@ class Place:
     @property
     def pages(self) -> list[tuple[str, str]]:
         "The pages there are, with their addresses."
-        return [("Episodes", "/episodes")] * bool(self.store) + [("Runs", "/runs")] * bool(self.runs)
+        there = {"Episodes": self.store, "Runs": self.runs}
+        return [(name, f"/{name.lower()}") for name, it in there.items() if it is not None]
 
     @property
     def read_only(self) -> bool: return self.store is not None and self.store.read_only
@@ -113,7 +116,7 @@ class Guard:
                             "exprag view has printed, with its token. If you have just done so "
                             "from another page, <a href='/'>go on</a>.", 403)
 
-# %% ../../nbs/view/04_viewer.ipynb #2effdcf9
+# %% ../../nbs/view/04_viewer.ipynb #f91a48cc
 class Viewer:
     "The pages of a place."
     def __init__(self, place: Place,
@@ -122,6 +125,7 @@ class Viewer:
         self.catalogue = Catalogue(place.store) if place.store else None
         self.explainer = Explainer(place.store, encoder) if place.store else None
         self._panels = {}  # what is shown of a panel, by what it was made from
+        self._lock = Lock()  # retrievers are used by one request at a time
 
     def shown(self, name: str, title: str, at: str = "", status: int = 200, **given) -> Response:
         "A page made from a template."
@@ -140,6 +144,7 @@ class Viewer:
                     StoreError: 409, sqlite3.Error: 503}
         status = next((n for kind, n in statuses.items() if isinstance(error, kind)), 400)
         text = str(getattr(error, "detail", "") or error)
+        if text == "Not Found": text = "There is no such page here."
         return self.shown("message", "Not found" if status == 404 else "That does not work",
                           status=status, text=text)
 
@@ -191,7 +196,7 @@ def _place_of(text: str | None) -> tuple[float, str] | None:
     try: return float(added), id
     except ValueError: raise ValueError(f"{text[:40]!r} is no place in the list") from None
 
-# %% ../../nbs/view/04_viewer.ipynb #c90a1863
+# %% ../../nbs/view/04_viewer.ipynb #a2fe5b0c
 @patch
 def episodes(self: Viewer, request: Request) -> Response:
     "The list, filtered and searched."
@@ -203,10 +208,11 @@ def episodes(self: Viewer, request: Request) -> Response:
                       text=query if how == "text" else "")
     page = None
     if query and how != "text":
-        try: page = self.catalogue.nearest(
-                query, self.explainer.words() if how == "words" else self.explainer.dense(),
-                filters)
-        except ValueError as error: wrong = str(error)
+        with self._lock:
+            try:
+                finder = self.explainer.words() if how == "words" else self.explainer.dense()
+                page = self.catalogue.nearest(query, finder, filters)
+            except ValueError as error: wrong = str(error)
     if page is None:
         newer = "newer" in q
         page = self.catalogue.page(filters, _place_of(q.get("newer") or q.get("older")), newer)
@@ -323,7 +329,7 @@ def beside(self: Viewer, request: Request) -> Response:
                       columns=names, link=_at, turns=[], live=None,
                       ways=[(n, _at(t.id)) for n, t in zip(names, two)])
 
-# %% ../../nbs/view/04_viewer.ipynb #464c9ac1
+# %% ../../nbs/view/04_viewer.ipynb #3c733ebc
 @patch
 def _why(self: Viewer, request: Request, t: Trajectory, base: str) -> Response:
     "Why the memory of an episode showed what it showed."
@@ -331,7 +337,7 @@ def _why(self: Viewer, request: Request, t: Trajectory, base: str) -> Response:
         raise ValueError("there is no store beside these runs, so the memory cannot be asked again")
     at, store = _number(request.query_params.get("at")), self.place.store
     ids = dict(when_asked(t, store)).get(at, ())
-    made = self.explainer.why(t, at, ids)
+    with self._lock: made = self.explainer.why(t, at, ids)
     return self.shown("why", "Why", it={"said": made.said, "rows": made.rows(store)}, back=base,
                       goal=t.goal, number=at, shown=remembered(ids, self.goals(ids)), link=_at)
 
@@ -380,25 +386,26 @@ def confirm(self: Viewer, request: Request) -> Response:
                       form=self.form, reason=act == "shut-out", possible=possible, button=button,
                       danger=act in ("erase", "redact"), back=_at(t.id))
 
-# %% ../../nbs/view/04_viewer.ipynb #f974026d
+# %% ../../nbs/view/04_viewer.ipynb #86373457
 @patch
 async def change(self: Viewer, request: Request) -> Response:
     "Do what was confirmed."
     if int(request.headers.get("content-length") or 0) > 10_000:
         raise HTTPException(413, "the form is too large")
-    given = {k: v[0] for k, v in parse_qs((await request.body()).decode("utf-8", "replace")).items()}
+    body = (await request.body()).decode("utf-8", "replace")
+    given = {name: values[0] for name, values in parse_qs(body).items()}
     if not secrets.compare_digest(given.get("form", "").encode(), self.form.encode()):
         raise HTTPException(403, "This form is not of this server; open the page again.")
     act, id = known(request.path_params["act"], tuple(_TEXTS), "change"), request.path_params["id"]
     return RedirectResponse(await run_in_threadpool(self._change, act, id, given), 303)
 
-# %% ../../nbs/view/04_viewer.ipynb #071fcece
+# %% ../../nbs/view/04_viewer.ipynb #f7a21343
 @patch
 def _change(self: Viewer, act: str, id: str, given: Mapping) -> str:  # where to go on
     "Change the store."
     store, id = self.place.store, self.catalogue.find(id)
-    if act == "shut-out": store.shut_out(id, given.get("reason", "").strip() or "shut out by hand")
-    if act == "let-in": store.let_in(id)
+    if act == "shut-out": shut_out(store, id, given.get("reason", "").strip() or "by hand")
+    if act == "let-in": let_in(store, id)
     if act == "redact": id = redact(store, id, indexes=_indexes_with(store, id))
     if act == "erase": erase(store, [id], _indexes_with(store, id))
     self.explainer.forget()  # vectors in this process
@@ -496,7 +503,7 @@ def why_of_run(self: Viewer, request: Request) -> Response:
     t, base, _ = self._of_run(request)
     return self._why(request, t, base)
 
-# %% ../../nbs/view/04_viewer.ipynb #47342d8f
+# %% ../../nbs/view/04_viewer.ipynb #2c1813bc
 def application(viewer: Viewer) -> Starlette:
     "The pages at their addresses, without a guard."
     v, routes = viewer, []
@@ -510,8 +517,9 @@ def application(viewer: Viewer) -> Starlette:
                    Route("/episode/{id}/{act}", v.change, methods=["POST"])]
     if v.place.runs:
         task = "/runs/{panel:int}/{task:int}"
-        routes += [Route("/runs", v.runs), Route(task, v.task), Route(task + "/{run:int}", v.of_run),
-                   Route(task + "/{run:int}/why", v.why_of_run)]
+        one = task + "/{run:int}"
+        routes += [Route("/runs", v.runs), Route(task, v.task), Route(one, v.of_run),
+                   Route(one + "/why", v.why_of_run)]
     kinds = (HTTPException, ValueError, KeyError, RuntimeError, OSError, sqlite3.Error)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, v.wrong))
 

@@ -71,7 +71,7 @@ def _stage(described: Mapping) -> Stage | None:  # None: it cannot be built from
 class CannotBuild(ValueError):
     "A memory that cannot be built from its description; the message says why."
 
-# %% ../../nbs/view/02_why.ipynb #033526ab
+# %% ../../nbs/view/02_why.ipynb #af33239f
 @dataclass(frozen=True)
 class Why:
     "What a memory answered when it was asked again."
@@ -91,7 +91,8 @@ class Why:
         by_start = {e.id[:8]: e for e in found}
         return [{"rank": rank, "score": score, "id": by_start[start].id, "task": task,
                  "goal": by_start[start].trajectory.goal, "what": what, "why": why,
-                 "taken": what == "taken", "there": by_start[start].id in store}
+                 "taken": what == "taken", "recorded": by_start[start].id in self.shown,
+                 "there": by_start[start].id in store}
                 for rank, score, start, task, what, why in self.selection.explain(50).rows]
 
 # %% ../../nbs/view/02_why.ipynb #300ce4da
