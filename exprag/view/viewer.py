@@ -523,7 +523,7 @@ def application(viewer: Viewer) -> Starlette:
     kinds = (HTTPException, ValueError, KeyError, RuntimeError, OSError, sqlite3.Error)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, v.wrong))
 
-# %% ../../nbs/view/04_viewer.ipynb #a2891011
+# %% ../../nbs/view/04_viewer.ipynb #67f9fda2
 def serve(path: str | os.PathLike,  # of a store, or of a folder of runs
           port: int = 0,  # 0: a free one
           browser: bool = True,  # open it
@@ -536,7 +536,9 @@ def serve(path: str | os.PathLike,  # of a store, or of a folder of runs
     token = token or os.environ.get("EXPRAG_TOKEN") or secrets.token_urlsafe(24)
     with socket.socket() as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: bound.bind(("127.0.0.1", port))
+        try:
+            bound.bind(("127.0.0.1", port))
+            bound.listen()  # who comes before the server is up waits
         except (OSError, OverflowError) as error:
             raise OSError(f"port {port} cannot be had ({error}); give another, or leave --port "
                           "out for a free one") from None

@@ -172,7 +172,7 @@ def _usual(self: Explainer, trajectory: Trajectory, only: Mapping) -> tuple[Memo
         f"The episode does not say which memory it had; this is what {whose} with the usual "
         f"settings answers, by {by}."]
 
-# %% ../../nbs/view/02_why.ipynb #03a7cc9d
+# %% ../../nbs/view/02_why.ipynb #49a48ad4
 @patch
 def why(self: Explainer, trajectory: Trajectory,
         at: int = 0,  # steps done when the memory was asked
@@ -190,8 +190,11 @@ def why(self: Explainer, trajectory: Trajectory,
         memory, more = (self._rebuilt(described, only) if isinstance(described, Mapping) else
                         self._usual(trajectory, only))
         found = memory.recall(begun)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         return Why(tuple(shown), None, (f"The memory cannot be asked again: {error}.",))
+    except (TypeError, LookupError, AttributeError) as error:
+        return Why(tuple(shown), None, ("The memory cannot be asked again: its description is not "
+                                        f"one of a memory ({type(error).__name__}: {error}).",))
     made = Why(tuple(shown), found, ())
     return replace(made, said=(self._compared(made, described), *more, *said))
 
