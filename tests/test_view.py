@@ -485,8 +485,12 @@ class TestRuns:
         for n, name in enumerate(("old.db", "new.db")):
             with Store(tmp_path / name) as store: store.add(made(n))
             os.utime(tmp_path / name, (n + 1, n + 1))
-        page = client_of(tmp_path).get("/episodes")
+        client = client_of(tmp_path)
+        page = client.get("/episodes")
         assert ids_in(page) == [made(1).id] and "old.db" in page.text
+        assert "No run has begun" in client.get("/runs").text
+        shutil.copytree(played / "episodes", tmp_path / "episodes")  # it has begun
+        assert "5/5" in client.get("/runs").text
 
 
 class TestCommand:
@@ -540,7 +544,8 @@ def chrome():
     if CHROME is None: pytest.skip("no chromium or chrome is installed: the pages are not tried in a browser")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
     with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROME, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROME, args=["--no-sandbox"]).new_context()
+        browser.set_default_timeout(120_000)  # milliseconds, for a busy machine
         yield browser
         browser.close()
 
@@ -613,7 +618,8 @@ class TestBrowser:
         seen = set()
         with served(played) as address:
             for scheme in ("light", "dark"):
-                page = chrome.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+                page = chrome.new_page()
+                page.emulate_media(color_scheme=scheme), page.set_viewport_size({"width": width, "height": 800})
                 page.goto(address)
                 base = page.url.rsplit("/", 1)[0]
                 for way in ("/episodes", "/runs", "/runs/0/0", "/runs/0/0/0", "/runs/0/0/0/why"):
@@ -622,6 +628,7 @@ class TestBrowser:
                     assert page.locator("h1").count() == page.locator("main").count() == 1
                 seen.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
                 page.close()
+            chrome.clear_cookies()
             stranger = chrome.new_page()
             assert stranger.goto(base + "/runs").status == 403
             stranger.close()

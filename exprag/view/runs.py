@@ -41,18 +41,23 @@ def _stamp(folder: Path) -> tuple:
         return found.st_size, found.st_mtime_ns
     return of(folder / "config.json"), of(folder / "episodes.jsonl")
 
-# %% ../../nbs/view/03_runs.ipynb #14b490e0
+# %% ../../nbs/view/03_runs.ipynb #dfc730e0
 class RunFolder:
     "The runs of a folder; a run is read again when its files have changed."
-    def __init__(self, folder: str | Path):  # given to `evaluate`, or one that holds it
+    def __init__(self, folder: str | Path,  # given to `evaluate`, or one that holds it
+                 wait: bool = False):  # there need not be a run yet
         self.folder, self._read, self._lock = Path(folder), {}, Lock()
-        inner = self.folder / "episodes"
-        self.where = inner if inner.is_dir() else self.folder
-        if not self.names():
+        if not wait and not self.names():
             raise ValueError(f"{folder} holds no store and no runs; exprag evaluate, exprag "
                              "reproduce and exprag demo write runs, and exprag import a store")
 
     def __repr__(self): return f"RunFolder({self.folder.name}, {len(self.names())} runs)"
+
+    @property
+    def where(self) -> Path:
+        "What holds the folders of the runs."
+        inner = self.folder / "episodes"
+        return inner if inner.is_dir() else self.folder
 
     def names(self) -> list[str]:
         "The folders of the runs."

@@ -35,7 +35,7 @@ from .pieces import PAGE_STEPS, aligned, episode, remembered, templates
 from .runs import PanelNow, RunFolder
 from .why import Explainer, when_asked
 
-# %% ../../nbs/view/04_viewer.ipynb #c28a5b10
+# %% ../../nbs/view/04_viewer.ipynb #fec063f9
 @dataclass(frozen=True)
 class Place:
     "A store, a folder of runs, or both."
@@ -62,10 +62,7 @@ class Place:
             raise FileNotFoundError(f"{path} is not there; give a store's file or a folder of runs")
         if path.is_file(): return cls(path.name, Store(path, create=False))
         stores = sorted(path.glob("*.db"), key=lambda p: p.stat().st_mtime)
-        runs = None
-        try: runs = RunFolder(path)
-        except ValueError:
-            if not stores: raise
+        runs = RunFolder(path, wait=bool(stores))
         others = ", ".join(p.name for p in stores[:-1])
         said = (f"Experience is that of {stores[-1].name}, the last that was written; to look at "
                 f"{others}, give its path.",) if others else ()
