@@ -348,6 +348,8 @@ class TestWhy:
 
     def test_a_memory_that_nobody_recorded_is_a_guess(self, store):
         made_again = Explainer(store).why(made(204, provenance={"author": "ann"}))
+        page = client_of(store.path).get(f"/episode/{made(4).id}").text
+        assert "is not recorded" in page and "What a memory would show" in page
         assert "does not say which memory" in made_again.said[1] and all(e.trajectory.provenance["author"] == "ann" for e in made_again.selection)
 
     def test_episodes_that_came_later_are_no_candidates(self, store):
@@ -443,7 +445,7 @@ class TestRuns:
         assert "5/5" in page.text and "data:image/png;base64," in page.text and "95% hierarchical bootstrap" in page.text
         assert "refresh" not in page.headers
         task = client.get("/runs/0/0")
-        assert task.text.count("<th>") == 3 and "random experience" in task.text
+        assert re.findall("<th>([^<]+)", task.text) == ["step", "replay", "random experience"]
         shown = re.search(r'href="(/episode/[0-9a-f]{32})">', task.text)[1]
         experience = client.get(shown)
         assert "Episodes of runs that were shown it" in experience.text

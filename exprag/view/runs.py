@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAYING_SECONDS', 'Played', 'RunFolder', 'PanelNow', 'show_runs']
 
-# %% ../../nbs/view/03_runs.ipynb #e6128377
+# %% ../../nbs/view/03_runs.ipynb #45b095f8
 import json
 import time
 from dataclasses import dataclass, replace
@@ -15,8 +15,9 @@ from threading import Lock
 
 from fastcore.basics import patch
 
-from ..results import (
-    PRIMARY, SECONDARY, Episode, Question, Results, Run, label_runs, read_episodes)
+from exprag.results import (
+    CONDITION_ORDER, PRIMARY, SECONDARY, Episode, Question, Results, Run, label_runs,
+    read_episodes)
 from ..trajectory import Table, Task, Trajectory
 from .pieces import Piece, asked, cell, panel
 
@@ -41,7 +42,7 @@ def _stamp(folder: Path) -> tuple:
         return found.st_size, found.st_mtime_ns
     return of(folder / "config.json"), of(folder / "episodes.jsonl")
 
-# %% ../../nbs/view/03_runs.ipynb #dfc730e0
+# %% ../../nbs/view/03_runs.ipynb #5a14fc18
 class RunFolder:
     "The runs of a folder; a run is read again when its files have changed."
     def __init__(self, folder: str | Path,  # given to `evaluate`, or one that holds it
@@ -80,6 +81,7 @@ class RunFolder:
         for one in self.played():
             about = one.run.config["panel"]
             found.setdefault((about["name"], about["fingerprint"]), []).append(one)
+        for runs in found.values(): runs.sort(key=_usual_place)
         return [PanelNow(tuple(runs)) for _, runs in sorted(found.items())]
 
 # %% ../../nbs/view/03_runs.ipynb #dd2b84fb
@@ -91,6 +93,13 @@ def _read_run(folder: Path) -> tuple[Run, dict[Task, Trajectory]]:
     tasks = [Task.parse(text) for text in config["panel"]["tasks"]]
     there = tuple(Episode.of(done[task]) for task in tasks if task in done)
     return Run(folder, config, there), done
+
+# %% ../../nbs/view/03_runs.ipynb #e1cd1c26
+def _usual_place(played: Played) -> tuple:
+    "Orders runs as the tables of results do."
+    name, seed = played.run.config["name"], played.run.seed
+    known_names = list(CONDITION_ORDER)
+    return known_names.index(name) if name in known_names else len(known_names), name, seed
 
 # %% ../../nbs/view/03_runs.ipynb #824b1041
 def _is_playing(run: Run) -> bool:

@@ -245,7 +245,7 @@ _DONE = {"erased": "Erased: the episode, all that was derived from it, and its b
          "shut-out": "Shut out: no memory shows this episode until it is let in again.",
          "let-in": "Let in: memories may show this episode again."}
 
-# %% ../../nbs/view/04_viewer.ipynb #ec437f82
+# %% ../../nbs/view/04_viewer.ipynb #0031b7ab
 @patch
 def _episode(self: Viewer, request: Request, t: Trajectory, base: str, ways: list,
              facts: Sequence, **more) -> Response:
@@ -261,6 +261,9 @@ def _episode(self: Viewer, request: Request, t: Trajectory, base: str, ways: lis
     if last: ways = [("How it ended", f"{base}?first={end}#step-{last}" if end else
                       f"#step-{last}"), *ways]
     why = (lambda at: f"{base}/why?at={at}") if self.explainer else None
+    if not asks:
+        facts = [*facts, ("memory", "what it was shown is not recorded")]
+        if why: ways = [*ways, ("What a memory would show", why(0))]
     return self.shown("episode", t.goal or "Episode", it=episode(t, goals, facts, first, asks),
                       ways=ways, turns=turns, link=_at, why=why,
                       **{"seen": None, "shut_out": "", **more})
