@@ -304,6 +304,19 @@ class TestEpisode:
             assert Explainer(store).why(second, 0, (first.id,)).same
 
 
+    @pytest.mark.parametrize("about", [{"asks": 3}, {"asks": {"shown": [3, [1], ["x", []], [0, "ab"], [1, [7]]]}}, {"retrieved": "abc"},
+                                       {"recalled": {"a": 1}}, {"tokens": "many", "seconds": "long", "stop": 3, "memory": "none"},
+                                       {"tokens": {"prompt": "x", "y": [1]}, "author": {"name": "z"}, "policy": 3}])
+    def test_provenance_of_any_form_is_shown(self, client, store, about):
+        t = made(95, provenance=about)
+        store.add(t)
+        with store.writing() as connection:  # beside one that is damaged
+            connection.execute("UPDATE trajectories SET record = replace(record, '\"steps\"', '\"stips\"') WHERE id = ?", [made(11).id])
+        for way in ("", "/why?at=0", "/why?at=1", "/erase", "/redact"):
+            assert client.get(f"/episode/{t.id}{way}").status_code == 200
+        assert all(isinstance(at, int) and all(isinstance(id, str) for id in ids) for at, ids in asked(t))
+
+
 class TestWhy:
     def memory(self, store): return Memory(WordRetriever(store), (successes_only(), top_k(2)), pool=6, when=Every(1))
 

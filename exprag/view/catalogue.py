@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'STATES', 'UNKNOWN', 'MADE_ON_THE_WAY', 'Filters', 'Row', 'Page', 'Catalogue', 'excerpt', 'NotPrepared',
            'Experienced', 'redacted', 'redact']
 
-# %% ../../nbs/view/01_catalogue.ipynb #a4191540
+# %% ../../nbs/view/01_catalogue.ipynb #09bd997b
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from ..memory.utility import Use
 from ..select import are_siblings
 from ..store import Store, UnknownTrajectory, author_of
 from ..trajectory import Task, Trajectory, canonical_json, known
-from .pieces import Piece, outcome
+from .pieces import Piece, asked, outcome
 
 # %% ../../nbs/view/01_catalogue.ipynb #98fac95b
 OUTCOMES = {"success": 1, "failure": 0, "unknown": None}
@@ -294,7 +294,7 @@ def check_prepared(self: Catalogue, retriever) -> None:
         raise NotPrepared(f"{missing:,} of {len(self.store):,} episodes have no {what} of their "
                           f"{retriever.key} yet; {how} makes them, once")
 
-# %% ../../nbs/view/01_catalogue.ipynb #6b348718
+# %% ../../nbs/view/01_catalogue.ipynb #9d69f72a
 @patch
 def nearest(self: Catalogue, text: str,  # what an agent would have to do
             retriever,  # a `WordRetriever`, a `Retriever`
@@ -304,8 +304,8 @@ def nearest(self: Catalogue, text: str,  # what an agent would have to do
     self.check_prepared(retriever)
     wanted = replace(filters, text="")
     allow = [id for _, id in self._listed(wanted, None, False, -1)] if wanted.given() else None
-    asked = Trajectory(Task("exprag", "view", "1", "test"), text, "")
-    hits = retriever.search(asked, n, allow)
+    query = Trajectory(Task("exprag", "view", "1", "test"), text, "")
+    hits = retriever.search(query, n, allow)
     notes = {hit.id: f"rank {hit.rank}, score {hit.score:.3f}" for hit in hits}
     return Page(tuple(self.rows(list(notes), notes)), self.count(wanted), 0)
 
@@ -334,17 +334,21 @@ def _conversations(self: Catalogue, id: str) -> tuple[tuple[str, str, str], ...]
     return tuple((name or receipt[:8], when(made), _GAINS.get(gain, str(gain)))
                  for receipt, name, made, gain in rows)
 
-# %% ../../nbs/view/01_catalogue.ipynb #ee5df068
-def _was_shown(record: str, id: str) -> str | None:
-    "Where in its provenance an episode says that it was shown this one."
-    about = json.loads(record).get("provenance", {})
-    asks = about.get("asks") or {}
-    for at, ids in asks.get("shown", ()) if isinstance(asks, Mapping) else ():
-        if id in ids: return f"shown after step {at}" if at else "shown at its beginning"
-    found = any(id in (about.get(name) or ()) for name in ("retrieved", "recalled"))
-    return "shown at its beginning" if found else None
+# %% ../../nbs/view/01_catalogue.ipynb #9d480a93
+def _read(record: str) -> Trajectory | None:  # None: the record is damaged
+    "The episode of a record."
+    try: return Trajectory.from_dict(json.loads(record))
+    except (ValueError, TypeError): return None
 
-# %% ../../nbs/view/01_catalogue.ipynb #ede91ba6
+# %% ../../nbs/view/01_catalogue.ipynb #989344d3
+def _was_shown(record: str, id: str) -> str | None:
+    "Where an episode says that it was shown this one."
+    found = _read(record)
+    for at, ids in asked(found) if found else ():
+        if id in ids: return f"shown after step {at}" if at else "shown at its beginning"
+    return None
+
+# %% ../../nbs/view/01_catalogue.ipynb #79e09971
 @patch
 def as_experience(self: Catalogue, trajectory: Trajectory, most: int = 20,  # rows of each kind
                   seconds: float = 1.5  # for the readers, and for the siblings
@@ -361,7 +365,8 @@ def as_experience(self: Catalogue, trajectory: Trajectory, most: int = 20,  # ro
         return self.rows(list(notes), notes), len(listed) - done
     of_type = Filters(world=t.task.world, type=t.task.type)
     def sibling(record, _):
-        return "" if are_siblings(t, Trajectory.from_dict(json.loads(record))) else None
+        found = _read(record)
+        return "" if found and are_siblings(t, found) else None
     same = self.store.rows("SELECT id FROM trajectories WHERE (world, type, variation) = (?, ?, ?) "
                            "AND id <> ? ORDER BY id LIMIT ?", t.task.world, t.task.type,
                            t.task.variation, id, most)

@@ -93,17 +93,20 @@ def _shown_step(number: int, step: Step) -> dict:
             "facts": _facts_of_step(step),
             "more": canonical_json(more).decode("ascii") if more else ""}
 
-# %% ../../nbs/view/00_pieces.ipynb #0eca15d4
+# %% ../../nbs/view/00_pieces.ipynb #3862e2f9
 def asked(trajectory: Trajectory) -> list[tuple[int, tuple[str, ...]]]:  # (steps done, ids)
     "When its memory was asked, and what it then showed, as far as the episode says it."
-    about = trajectory.provenance
-    shown = about.get("asks", {}).get("shown") if isinstance(about.get("asks"), Mapping) else None
-    if shown: return [(int(at), tuple(map(str, ids))) for at, ids in shown]
+    about, asks = trajectory.provenance, trajectory.provenance.get("asks")
+    shown = asks.get("shown") if isinstance(asks, Mapping) else None
+    if isinstance(shown, tuple) and shown:
+        pairs = [x for x in shown if isinstance(x, tuple) and len(x) == 2]
+        return [(at, tuple(map(str, ids))) for at, ids in pairs
+                if isinstance(at, int) and isinstance(ids, tuple)]
     for name in ("retrieved", "recalled"):  # by an evaluation; by another program, in its log
-        if name in about: return [(0, tuple(map(str, about[name])))]
+        if isinstance(about.get(name), tuple): return [(0, tuple(map(str, about[name])))]
     return []
 
-# %% ../../nbs/view/00_pieces.ipynb #8a89e999
+# %% ../../nbs/view/00_pieces.ipynb #9cb95e87
 def _facts_of(trajectory: Trajectory) -> list[tuple[str, str]]:
     "What an episode's provenance says, for its head."
     about = trajectory.provenance
@@ -112,9 +115,9 @@ def _facts_of(trajectory: Trajectory) -> list[tuple[str, str]]:
     if trajectory.score is not None: facts.append(("score", f"{trajectory.score:g}"))
     if about.get("stop"): facts.append(("stopped by", str(about["stop"])))
     tokens = about.get("tokens")
-    if isinstance(tokens, Mapping):
-        facts.append(("tokens", ", ".join(f"{v:,} {k}" for k, v in tokens.items() if v)))
-    if about.get("seconds"): facts.append(("seconds", f"{about['seconds']:g}"))
+    if isinstance(tokens, Mapping) and any(tokens.values()):
+        facts.append(("tokens", ", ".join(f"{v} {k}" for k, v in tokens.items() if v)))
+    if about.get("seconds"): facts.append(("seconds", str(about["seconds"])))
     left = {"asks", "retrieved", "recalled", "stop", "tokens", "seconds", "author", "policy",
             "memory", *["actor"] * (about.get("actor") == author_of(trajectory))}
     facts += [(k, canonical_json(thaw(v)).decode("ascii")[:300] if not isinstance(v, str) else v)
