@@ -24,8 +24,8 @@ from .trajectory import Trajectory, known, thaw
 from .views import Experience, Hit
 from .world import Environment, Panel, load_world
 
-# %% ../nbs/14_evaluation.ipynb #d7562692
-ADAPTERS = ("none", "lora", "exprag-lora")
+# %% ../nbs/14_evaluation.ipynb #e4bc044f
+ADAPTERS = ("none", "lora", "exprag-lora", "exprag-lora-symbols")
 MEMORIES = ("none", "retrieved", "random", "oracle")
 OUTCOMES = ("successes", "all")
 
@@ -61,11 +61,12 @@ class Condition:
         if self.outcomes == "successes": del made["outcomes"]  # so that older runs keep their name
         return made
 
-# %% ../nbs/14_evaluation.ipynb #0bc9119f
+# %% ../nbs/14_evaluation.ipynb #eb4a7a43
 CONDITIONS = {c.name: c for c in (
     Condition("zero-shot"), Condition("ExpRAG (frozen)", memory="retrieved"),
     Condition("LoRA", "lora"), Condition("LoRA, retrieval at test only", "lora", "retrieved"),
     Condition("ExpRAG-LoRA", "exprag-lora", "retrieved"),
+    Condition("ExpRAG-LoRA, symbols", "exprag-lora-symbols", "retrieved"),
     Condition("replay", memory="retrieved", policy="replay", k=1),
     Condition("random experience", "exprag-lora", "random"),
     Condition("oracle experience", "exprag-lora", "oracle"))}

@@ -55,7 +55,7 @@ class MemoryPlan:
     view: str = "chat"  # how an experience is written
     tokens: int = 0  # most tokens of all experiences together; 0: no limit
 
-# %% ../nbs/22_plans.ipynb #a4e20681
+# %% ../nbs/22_plans.ipynb #b552eaed
 @dataclass(frozen=True)
 class TrainPlan:
     "What the adapters are trained on, and how."
@@ -66,6 +66,7 @@ class TrainPlan:
     over_length: str = "refuse"  # episodes of too many tokens: 'refuse', 'leave_out' or 'shorten'
     drop_memory: float = 0.0  # share of training contexts without experience
     ks: tuple[int, ...] = ()  # numbers of experiences to draw from; (): always `k`
+    symbols: float = 0.5  # share of the episodes of 'exprag-lora-symbols' with other words
     seeds: tuple[int, ...] = (2025,)  # an adapter each
 
 # %% ../nbs/22_plans.ipynb #30cd162b

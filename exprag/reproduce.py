@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'Place', 'store_path', 'collect_stage', 'demonstrations', 'training_samples', 'train_stage',
            'evaluate_stage', 'report_folder', 'keep_runs', 'report_stage', 'training_table', 'estimate', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #c9ce6b37
+# %% ../nbs/23_reproduce.ipynb #45a2d9c6
 import gc
 import json
 import math
@@ -40,6 +40,7 @@ from .sft import (RunReport, base_manifest, has_bfloat16, load_tokenizer, prepar
                         train)
 from .store import Store
 from .studies.controls import OracleRetriever
+from .symbols import SymbolEncoder
 from .trajectory import (Table, Task, Trajectory, digest, read_jsonl, thaw, write_json,
                                write_jsonl)
 from .views import Experience, TokenCount
@@ -157,7 +158,7 @@ def _encoder(plan: Plan) -> PromptEncoder:
     return encoder_for(load_tokenizer(_model(plan)), prompt_format(plan), settings.chat_template,
                        settings.template_settings)
 
-# %% ../nbs/23_reproduce.ipynb #220b6f46
+# %% ../nbs/23_reproduce.ipynb #c1a11de6
 def training_samples(plan: Plan, store: Store, seed: int) -> FittedSamples:  # by adapter
     "What each adapter is trained on: the same episodes, without and with experience before them."
     chosen, part = demonstrations(plan, store), plan.train
@@ -166,8 +167,13 @@ def training_samples(plan: Plan, store: Store, seed: int) -> FittedSamples:  # b
     memory = _memory(plan, Variant(named, plan.memory.view), _retrievers(plan, store)("once"))
     variation = Variation(part.drop_memory, part.ks or None, seed)
     recalled = retrieve_for_training(chosen, memory, variation)
-    made = fit_samples(chosen, _encoder(plan), {"lora": None, "exprag-lora": recalled},
-                       sft_config(plan, seed).max_length, part.over_length)
+    plain = _encoder(plan)
+    encoders = {"lora": plain, "exprag-lora": plain}
+    if any(v.condition.adapter == "exprag-lora-symbols" for v in variants(plan)):
+        encoders["exprag-lora-symbols"] = SymbolEncoder(plain, part.symbols, seed)
+    memories = {name: None if name == "lora" else recalled for name in encoders}
+    made = fit_samples(chosen, encoders, memories, sft_config(plan, seed).max_length,
+                       part.over_length)
     check_aligned(made["lora"], made["exprag-lora"])
     return made
 
@@ -379,7 +385,7 @@ def _probe_samples(plan: Plan, episodes: Sequence[Trajectory]) -> dict[str, list
     others = [*episodes[-1:], *episodes[:-1]]
     return {"lora": alone, "exprag-lora": list(map(longer, alone, episodes, others))}
 
-# %% ../nbs/23_reproduce.ipynb #e28c7ec3
+# %% ../nbs/23_reproduce.ipynb #a7d41970
 def estimate(plan: Plan, place: Place) -> Table:
     "What a plan will cost on this machine, by a short probe; nothing is trained or kept."
     import torch
@@ -391,7 +397,8 @@ def estimate(plan: Plan, place: Place) -> Table:
     trained = {(v.condition.adapter, v.condition.seed) for v in several
                if v.condition.adapter != "none"}
     steps = config.max_steps or math.ceil(count * config.epochs / config.batch)
-    tokens = sum(np.mean([len(s) for s in samples[name]]) for name, _ in trained)
+    tokens = sum(np.mean([len(s) for s in samples["lora" if name == "lora" else "exprag-lora"]])
+                 for name, _ in trained)
     tokens *= steps * config.batch
     per_token, memory = _seconds_of_training(plan, samples["exprag-lora"]) if trained else (0, 0)
     acting = [v for v in several if v.condition.policy == "model"]

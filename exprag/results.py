@@ -223,9 +223,10 @@ def _check_runs(runs: tuple[Run, ...]) -> None:
                              f"{run.seed}, and differ in {what}; give one another name, such as "
                              f"condition(..., name='{run.name}, epoch 2'), or move one away")
 
-# %% ../nbs/13_results.ipynb #6db5d7f4
+# %% ../nbs/13_results.ipynb #3888afbe
 CONDITION_ORDER = ("zero-shot", "ExpRAG (frozen)", "LoRA", "LoRA, retrieval at test only",
-                   "ExpRAG-LoRA", "replay", "random experience", "oracle experience")
+                   "ExpRAG-LoRA", "ExpRAG-LoRA, symbols", "replay", "random experience",
+                   "oracle experience")
 
 # %% ../nbs/13_results.ipynb #59221002
 USUAL = {"k": 2, "composition": "matched", "when": "once", "outcomes": "successes"}

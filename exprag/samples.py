@@ -107,7 +107,7 @@ def _contradictions(config: SFTConfig):  # gives texts
 # %% ../nbs/09_samples.ipynb #7694aa89
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a Llama
 
-# %% ../nbs/09_samples.ipynb #4456b39c
+# %% ../nbs/09_samples.ipynb #be0c7d8b
 CONFIGS = {  # by name
     "paper": SFTConfig(),
     "paper-alfworld": SFTConfig(name="paper-alfworld", epochs=9),
@@ -116,8 +116,8 @@ CONFIGS = {  # by name
         schedule="constant_with_warmup", warmup=10, optimizer="adamw_torch", max_steps=120, batch=8,
         window=8, max_length=8192, weights="float32", checkpointing=False, save_steps=25),
     "smollm2": SFTConfig(
-        name="smollm2", r=16, alpha=32, dropout=0.0, lr=5e-4, schedule="constant_with_warmup",
-        warmup=10, optimizer="adamw_torch", epochs=1, batch=8, max_length=8192,
+        name="smollm2", r=16, alpha=32, dropout=0.0, targets=LINEAR, lr=2e-3, schedule="linear",
+        warmup=4, optimizer="adamw_torch", epochs=1, batch=4, max_length=8192,
         weights="float32", checkpointing=False, save_steps=25),
 }
 
@@ -224,9 +224,9 @@ def _shortened(trajectory: Trajectory, encoder, found: list, max_length: int) ->
         dropped += (found.pop(ranks.index(max(ranks))).id,)
     return sample
 
-# %% ../nbs/09_samples.ipynb #31a6e91b
+# %% ../nbs/09_samples.ipynb #6daf5e0c
 def fit_samples(trajectories: Iterable[Trajectory],  # episodes to imitate
-                encoder,  # a `PromptEncoder`
+                encoder,  # a `PromptEncoder`, or one for each name
                 memories: Mapping,  # by a name of your choice; None: plain fine-tuning
                 max_length: int,  # tokens, as in `SFTConfig`
                 over_length: str = "refuse"  # one of `OVER_LENGTH`
@@ -234,12 +234,13 @@ def fit_samples(trajectories: Iterable[Trajectory],  # episodes to imitate
     "As `make_samples`, for several memories at once, with a policy for what is too long."
     known(over_length, OVER_LENGTH, "policy for long episodes")
     groups, left_out, several = {name: [] for name in memories}, [], list(trajectories)
+    encoders = encoder if isinstance(encoder, Mapping) else dict.fromkeys(memories, encoder)
     for t in several:
-        def made(memory):
-            found = _recall(memory, t)
-            if over_length != "shorten": return _make_sample(t, encoder, found)
-            return _shortened(t, encoder, found, max_length)
-        row = {name: made(memory) for name, memory in memories.items()}
+        def made(name):
+            found = _recall(memories[name], t)
+            if over_length != "shorten": return _make_sample(t, encoders[name], found)
+            return _shortened(t, encoders[name], found, max_length)
+        row = {name: made(name) for name in memories}
         longest = max(row.values(), key=len)
         if len(longest) > max_length: left_out.append(longest)
         else:

@@ -7,12 +7,12 @@ __all__ = ['COMPOSITIONS', 'DEFAULT_STAGES', 'composition', 'Dropped', 'Stage', 
            'exclude_siblings', 'successes_only', 'top_k', 'token_budget', 'order', 'Selection', 'Once', 'Every',
            'Memory', 'NoMemory']
 
-# %% ../nbs/05_select.ipynb #b427d60d
-from collections.abc import Callable, Mapping, Sequence
+# %% ../nbs/05_select.ipynb #48dc4f1f
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .query import Retriever
-from .store import Store
+from .store import Filter, Store
 from .trajectory import FrozenMap, Table, Task, Trajectory, digest, known, same_task, thaw
 from .views import Experience, load_view, render
 from .world import find_world, in_dialect, load_world
@@ -236,7 +236,7 @@ class Every:
         return len(now) - len(then) >= self.steps
     def describe(self) -> dict: return {"when": "every", "steps": self.steps}
 
-# %% ../nbs/05_select.ipynb #bda9c922
+# %% ../nbs/05_select.ipynb #c20eca27
 DEFAULT_STAGES = (exclude_same_task(), successes_only(), top_k(2))  # two: the paper's default
 
 class Memory:
@@ -268,9 +268,7 @@ class Memory:
     def recall(self, trajectory: Trajectory  # what has happened so far; unfinished
               ) -> Selection:  # perhaps an empty one
         "The experience that the agent reads before its next action."
-        store, n = self.retriever.store, self.pool
-        allow = composition(store, self.composition, trajectory.task)
-        if self.only: allow &= frozenset(store.find(**self.only))
+        n, allow = self.pool, self._allowed(trajectory.task)
         while True:
             hits = self.retriever.search(trajectory, n, allow)
             candidates = [self.retriever.fetch(hit) for hit in hits]
@@ -281,9 +279,19 @@ class Memory:
             n *= 4
         return Selection(tuple(kept), tuple(sorted(dropped, key=lambda d: d.experience.hit.rank)))
 
+    def _allowed(self, task: Task) -> Iterable[str]:
+        "The ids that may be recalled."
+        store, only = self.retriever.store, self.only
+        if self.composition == "all" and not {"world", "folds"} & only.keys():
+            return Filter(store, world=task.world, folds=["train"], **only)  # not listed here
+        allow = composition(store, self.composition, task)
+        return allow & frozenset(store.find(**only)) if only else allow
+
     def describe(self) -> dict:
         "Everything that decides what it recalls, as JSON."
-        more, shut = {"only": self.only} if self.only else {}, self.retriever.store.shut_outs()
+        store, more = self.retriever.store, {"only": self.only} if self.only else {}
+        shut = set(store.shut_outs())
+        if shut and self.only: shut &= set(store.find(**self.only))
         if shut: more["shut_out"] = sorted(shut)
         return {"kind": "retrieved", "composition": self.composition, "view": self.view,
                 "pool": self.pool, **more, "asked": self.when.describe(),

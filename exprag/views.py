@@ -105,14 +105,14 @@ def _read_turn(message: Mapping,  # an assistant message
         text = text.removeprefix("Action: ")
     return text, thought
 
-# %% ../nbs/03_views.ipynb #22fa3b54
+# %% ../nbs/03_views.ipynb #e658120b
 def content_text(message: Mapping) -> str:
     "The text of a message, whose content may be text, None (beside tool calls) or text parts."
     content, role = message.get("content"), message.get("role")
     if content is None or isinstance(content, str): return content or ""
     if not isinstance(content, (list, tuple)):
-        raise TrajectoryError(f"{role} turn has content {str(content)[:80]!r}; expected text, or a "
-                              "list of text parts")
+        raise TrajectoryError(f"{role} turn has content of type {type(content).__name__}; expected "
+                              "text, or a list of text parts")
     for part in content:
         text = isinstance(part, Mapping) and part.get("type") == "text"
         if not text or not isinstance(part.get("text"), str):

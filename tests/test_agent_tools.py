@@ -2,10 +2,12 @@
 import asyncio
 import json
 import os
+import queue
 import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -177,6 +179,128 @@ def test_no_argument_ends_the_server(tmp_path):
                 except Exception as error: assert type(error).__name__ == "MCPError", repr(error)
             return await client.call_tool("search_experience", {"goal": "Open the door."})
     assert not asyncio.run(go()).is_error
+
+
+MINUTES = float(os.environ.get("EXPRAG_FUZZ_MINUTES", "1"))  # for each of the two
+
+
+class Fuzz:
+    "What a model, or a broken program, may send: wrong and right arguments, and what earlier answers gave."
+    def __init__(self, seed):
+        self.rng, self.known = random.Random(seed), {"receipt": ["x"], "episode": ["0" * 32]}
+        self.atoms = [None, True, 0, -1, 1e308, 10 ** 40, "", "x", "\ud800", "\x00", "<|im_start|>system", "</s>", "a" * 30_000,
+                      [], {}, [[]], {"action": 3}, {"action": "go"}, [{"action": "go", "observation": "\u202e"}],
+                      "' OR 1=1 --", '"*"', "NEAR(", "lamp AND fan", "[End of memory]", "e\u0301" * 50, {"$ref": "#"}, "-0"]
+
+    def text(self):
+        words = "open the red blue door lamp fan 7 \u00e9t\u00e9 \u65e5\u672c <|im_end|> [INST] NOT AND * ( \" ' \x1b[31m \n".split(" ")
+        return " ".join(self.rng.choices(words, k=self.rng.randint(1, 12)))
+
+    def value(self, depth=0):
+        kind = self.rng.random()
+        if kind < 0.6 or depth > 3: return self.rng.choice([*self.atoms, self.text(), self.text()])
+        if kind < 0.8: return [self.value(depth + 1) for _ in range(self.rng.randint(0, 4))]
+        return {self.rng.choice(["action", "observation", "goal", "x"]): self.value(depth + 1) for _ in range(self.rng.randint(0, 3))}
+
+    def steps(self):
+        return [{"action": self.text(), "observation": self.text()} for _ in range(self.rng.randint(1, 4))]
+
+    def call(self):
+        rng, goal = self.rng, self.text()
+        right = {"search_experience": {"goal": goal}, "read_episode": {"episode": rng.choice(self.known["episode"])},
+                 "record_experience": {"goal": goal, "steps": self.steps(), "success": rng.choice([True, False, None]),
+                                       "receipt": rng.choice([None, *self.known["receipt"]])},
+                 "report_outcome": {"receipt": rng.choice(self.known["receipt"]), "success": rng.random() < 0.5}}
+        name = rng.choice([*right, *right, "other"])
+        given = right.get(name, {})
+        for _ in range(rng.choice([0, 0, 1, 2])): given = {**given, rng.choice(["goal", "steps", "success", "receipt", "episode", "x"]): self.value()}
+        if given and rng.random() < 0.1: given.pop(rng.choice(list(given)))
+        return name, given
+
+    def learn(self, name, answer):
+        if name == "search_experience":
+            self.known["receipt"].append(answer["receipt"]), self.known["episode"].extend(answer["episodes"])
+        for several in self.known.values(): del several[1:-20]
+
+
+@pytest.mark.slow
+def test_calls_for_minutes(tmp_path):
+    "No call ends the server, is answered by an error of the server's own, or lets a control token through."
+    from collections import Counter
+
+    from mcp import Client
+
+    from exprag.memory.chat_memory import ChatMemory, ChatMemoryOptions
+    from exprag.memory.hybrid import WordRetriever
+    from exprag.memory.maintenance import check
+    from exprag.memory.mcp import memory_server
+    fuzz, told = Fuzz(int(time.time())), Counter()
+
+    async def go(store):
+        server = memory_server(ChatMemory(store, WordRetriever(store), "me", ChatMemoryOptions(most=300)))
+        ends = time.monotonic() + 60 * MINUTES
+        async with Client(server) as client:
+            while time.monotonic() < ends:
+                name, given = fuzz.call()
+                try: answer = await client.call_tool(name, given)
+                except Exception as error:
+                    assert type(error).__name__ == "MCPError", (name, given, error)
+                    told[name, "refused"] += 1
+                    continue
+                text = answer.content[0].text if answer.content else ""
+                told[name, "error" if answer.is_error else "answered"] += 1
+                assert "Internal" not in text and "Traceback" not in text, (name, given, text)
+                assert answer.is_error or "<|im_" not in text, (name, given, text)
+                if not answer.is_error: fuzz.learn(name, answer.structured_content)
+            return await client.call_tool("search_experience", {"goal": "Open the door."})
+    with Store(tmp_path / "m.db") as store: assert not asyncio.run(go(store)).is_error
+    assert check(tmp_path / "m.db").ok and min(told[n, "answered"] for n in ("search_experience", "record_experience")) > 10
+    print(f"\n{sum(told.values())} calls: {dict(told)}")
+
+
+@pytest.mark.slow
+def test_lines_for_minutes(tmp_path):
+    "Whatever is written to the program: it answers the next right request, or has ended with its input."
+    fuzz, lines, ends, answers = Fuzz(int(time.time())), 0, time.monotonic() + 60 * MINUTES, queue.Queue()
+    def start():
+        made = subprocess.Popen([*EXPRAG, "mcp", "--store", tmp_path / "m.db", "--search", "words"], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        def read():  # else a full pipe would hold both
+            for told in made.stdout: answers.put(told)
+            answers.put(b"")
+        threading.Thread(target=read, daemon=True).start()
+        send(made, {"jsonrpc": "2.0", "id": "hello", "method": "initialize", "params": {
+            "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "fuzz", "version": "1"}}})
+        assert until(made, "hello")["result"]
+        send(made, {"jsonrpc": "2.0", "method": "notifications/initialized"})
+        return made
+    def send(program, line):
+        program.stdin.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
+        program.stdin.flush()
+    def until(program, id):
+        while line := answers.get(timeout=60):
+            if (said := json.loads(line)).get("id") == id: return said
+        raise AssertionError(f"the program has ended with {program.wait()}")
+    def line():
+        rng, (name, given) = fuzz.rng, fuzz.call()
+        request = {"jsonrpc": "2.0", "id": lines, "method": "tools/call", "params": {"name": name, "arguments": given}}
+        kind = rng.randrange(8)
+        if kind < 3: return request
+        if kind == 3: return {**request, rng.choice(["jsonrpc", "id", "method", "params"]): fuzz.value()}
+        if kind == 4: return {**request, "params": fuzz.value()}
+        if kind == 5: return fuzz.value()
+        if kind == 6: return bytes(rng.randrange(256) for _ in range(rng.randrange(200))).replace(b"\n", b"")
+        return json.dumps(request).encode()[:rng.randrange(1, 80)]
+    program = start()
+    try:
+        while time.monotonic() < ends:
+            for _ in range(50): send(program, line()); lines += 1
+            send(program, {"jsonrpc": "2.0", "id": f"ping {lines}", "method": "ping"})
+            assert until(program, f"ping {lines}")["result"] == {}
+        program.stdin.close()
+        assert program.wait(timeout=20) == 0
+    finally: program.kill()
+    print(f"\n{lines} lines")
 
 
 def test_a_store_that_cannot_be_written_offers_reading(shelf):

@@ -103,7 +103,7 @@ def test_the_goal_may_be_a_part_of_the_opening():
         "This room is the kitchen.\n\nA pot.",
     ) and made.task.type == "boil"
     assert episode_of([opening]).goal == opening["content"]
-    with pytest.raises(TrajectoryError, match="not with the goal 'Freeze"):
+    with pytest.raises(TrajectoryError, match="does not begin with the goal"):
         episode_of([opening], goal="Freeze water.")
 
 

@@ -94,7 +94,7 @@ def test_repeats_are_merged_into_the_best(store):
     with store.writing() as connection:
         connection.execute("UPDATE trajectories SET added = 1.0 WHERE id = ?", [talk.id])
     for e in (first, talk, worse): credit(store, [e.id], 1.0, now=3.0)
-    store.add_many([worse], namespace="n")
+    store.add_many([first, worse, talk], namespace="n")
     made = plan(store)
     assert (
         set(made.merged) == {(first.id, talk.id), (worse.id, talk.id)}
@@ -106,7 +106,7 @@ def test_repeats_are_merged_into_the_best(store):
     )
     assert usage(store) == {talk.id: Use(3, 3.0, 3.0)} and store.find(namespace="n") == [
         talk.id
-    ], "uses and namespaces are inherited"
+    ], "uses are inherited"
     assert plan(store).ids == ()
 
 
@@ -195,6 +195,16 @@ def test_namespaces_are_curated_alone(store):
         "a": 2,
         "b": 4,
     }
+
+
+def test_what_another_namespace_holds_stays_there_and_is_no_heir(store):
+    one, talk = episode(1), episode(1, thought="a secret")
+    store.add_many([one], namespace="a"), store.add_many([talk, episode(2)], namespace="b")
+    assert plan(store).merged == (), "a would read what b thought"
+    store.add_many([talk], namespace="a")
+    (goes, stays), = plan(store, namespace="a").merged
+    assert curate(store, 9, namespace="a") == 1 and store.namespaces() == {"a": 1, "b": 2}
+    assert store.find(namespace="a") == [stays] and (goes in store) == (goes == talk.id)
 
 
 rows = st.lists(

@@ -117,3 +117,54 @@ def test_langgraph(memory):
     state = run("two", "Open the blue door.")
     assert OPENS in str(asked[1]) and OPENS not in str(asked[0])
     assert OPENS not in str(state["messages"])  # the memory stands in the request, not in the state
+
+
+@pytest.fixture(scope="module")
+def litellm():
+    "The package, which would else look for its list of prices on the network."
+    import os
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    made = pytest.importorskip("litellm", reason="needs the extra: pip install exprag[frameworks]")
+    made.telemetry = False
+    return made
+
+
+@pytest.mark.filterwarnings("error:a request goes on without its memory")
+@pytest.mark.parametrize("way", ["completion", "acompletion", "responses", "aresponses", "router"])
+def test_litellm(server, memory, litellm, way):
+    import asyncio
+    target, more = litellm, {"api_base": server.url, "api_key": "none"}
+    if way == "router":
+        one = {"model_name": "openai/x", "litellm_params": {"model": "openai/x", **more}}
+        target, way, more = litellm.Router(model_list=[one]), "completion", {}
+    client = wrap(target, memory)
+    def ask(words):
+        said = [{"role": "user", "content": words}]
+        if way == "completion": return client.completion("openai/x", said, **more).choices[0].message.content
+        if way == "responses": return client.responses(words, "openai/x", **more).output[0].content[0].text
+        if way == "acompletion":
+            return asyncio.run(client.acompletion(model="openai/x", messages=said, **more)).choices[0].message.content
+        return asyncio.run(client.aresponses(input=words, model="openai/x", **more)).output[0].content[0].text
+    assert ask("Open the red door.") == "Pull it." and OPENS not in json.dumps(server.asked)
+    kept = client.record(True)
+    assert kept.goal == "Open the red door." and kept.actions == ("Pull it.",)
+    ask("Open the blue door.")
+    assert OPENS in json.dumps(server.asked[-1]) and "Open the red door." in json.dumps(server.asked[-1])
+    assert client.record(False) is None and OPENS not in "".join(map(str, map(memory.store.get, memory.store.find())))
+
+
+@pytest.mark.filterwarnings("error:a request goes on without its memory")
+def test_litellm_in_pieces(server, memory, litellm, monkeypatch):
+    "A stream is read as it comes, and its answer is recorded."
+    import asyncio
+    client = wrap(litellm, memory)
+    about = {"model": "openai/x", "messages": [{"role": "user", "content": "Open the red door."}], "stream": True,
+             "mock_response": "Pull it slowly."}  # litellm's own words for a model's, in pieces
+    assert "".join(c.choices[0].delta.content or "" for c in client.completion(**about)) == "Pull it slowly."
+    assert client.record(True).actions == ("Pull it slowly.",)
+    async def listen():
+        said = [c.choices[0].delta.content or "" async for c in await client.acompletion(**about)]
+        return "".join(said), await client.record_async(True)
+    said, kept = asyncio.run(listen())
+    assert said == kept.actions[0] == "Pull it slowly."
+    with pytest.raises(litellm.exceptions.BadRequestError): client.completion("no-such-provider/x", about["messages"])

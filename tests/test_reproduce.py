@@ -15,7 +15,7 @@ from exprag.store import Store
 
 CHANGES = ["train.change.max_steps=4", "train.change.save_steps=1", "evaluate.max_new_tokens=12",
            "collect.easy=3", "collect.hard=2",
-           "evaluate.conditions=['zero-shot', 'LoRA', 'ExpRAG-LoRA']"]
+           "evaluate.conditions=['zero-shot', 'LoRA', 'ExpRAG-LoRA', 'ExpRAG-LoRA, symbols']"]
 
 
 def place(folder): return Place(Path(folder), batch_size=5, workers=1, threads=1, progress=False)
@@ -35,7 +35,8 @@ def test_ends_in_tables_and_a_figure(whole):
     written = json.loads((report / "plan.json").read_text())
     assert written["model"] == "nano" and written["memory"]["k"] == 1
     assert written["train"]["change"]["max_steps"] == 4
-    for name in ("zero-shot", "ExpRAG-LoRA", "exprag-lora, seed 2025"): assert name in text
+    for name in ("zero-shot", "ExpRAG-LoRA", "exprag-lora, seed 2025", "ExpRAG-LoRA, symbols", "exprag-lora-symbols, seed 2025"):
+        assert name in text
 
 
 def test_what_is_there_is_not_made_again(whole):
@@ -61,6 +62,18 @@ def test_a_changed_condition_leaves_the_adapters(whole):
             queries[config["name"]] = config["memory"]["retriever"]["query"]
     assert queries["ExpRAG-LoRA"] == "goal"
     assert queries["ExpRAG-LoRA, when=every 1"] == "so_far"  # a goal would never change
+
+
+def test_a_share_of_the_demonstrations_has_other_words_where_a_condition_wants_it(whole):
+    folder, _ = whole
+    with Store(store_path(load_plan("quick-shop", CHANGES), place(folder))) as store:
+        made = training_samples(load_plan("quick-shop", CHANGES), store, 2025)
+        same = [a.ids == b.ids for a, b in zip(made["exprag-lora"], made["exprag-lora-symbols"])]
+        assert 0 < sum(same) < len(same) == 9
+        none = training_samples(load_plan("quick-shop", [*CHANGES, "train.symbols=0.0"]), store, 2025)
+        assert none["exprag-lora-symbols"] == none["exprag-lora"] == made["exprag-lora"]
+        five = load_plan("quick-shop", [*CHANGES, "evaluate.conditions=['LoRA', 'ExpRAG-LoRA']"])
+        assert set(training_samples(five, store, 2025).groups) == {"lora", "exprag-lora"}
 
 
 def test_only_easy_episodes_of_the_train_fold_are_imitated(whole):

@@ -347,8 +347,10 @@ class TestMemory:
         foreign.record([{"role": "user", "content": "Deploy the other."}, {"role": "assistant", "content": "deploy other"}], success=True)
         theirs = TrialMemory(memory.store, MemorySettings(authors=("them",)), Letters()).arm("on")
         assert "deploy other" in theirs.text("Deploy it.") and len(theirs.shown) == 1
-        for settings in (MemorySettings(authors=("nobody",)), MemorySettings(namespace="none"), MemorySettings(world="moon")):
+        for settings in (MemorySettings(authors=("nobody",)), MemorySettings(world="moon")):
             with pytest.raises(TrialError, match="no successful episode.*chat/train"): TrialMemory(memory.store, settings, Letters())
+        with pytest.raises(TrialError, match="no successful episode.*world/fold: nothing"):  # what others have is not said
+            TrialMemory(memory.store, MemorySettings(namespace="none"), Letters())
         with pytest.raises(TrialError, match="k is 0"): MemorySettings(k=0)
 
     def test_what_was_shown_is_recorded(self, memory, tmp_path):

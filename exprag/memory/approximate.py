@@ -292,7 +292,7 @@ def index_fault(path: str | os.PathLike,
         return f"it was made with encoder {header['encoder']}, of which the store has no vectors"
     return ""
 
-# %% ../../nbs/memory/03_approximate.ipynb #8f8d629a
+# %% ../../nbs/memory/03_approximate.ipynb #19458ad4
 class ApproximateRetriever(Retriever):
     "A retriever over an approximate index, which follows the store by adding and removing keys."
     def __init__(self, store: Store, encoder: Encoder,
@@ -308,17 +308,17 @@ class ApproximateRetriever(Retriever):
         "Build the index, or bring it up to date."
         only, old = None if ids is None else frozenset(ids), self._index
         same, self._only = only == self._only, only
-        self._made_from, wanted = self.store.fingerprint(), self.wanted()
+        self._made_from, wanted = self._mark(), self.wanted()
         embed_missing(self.store, self.encoder, self.key, wanted)
         if same and isinstance(old, ApproximateIndex) and self._follow(old, wanted): return self
-        ids, vectors = self._vectors(None if only is None else wanted)
+        ids, vectors = self._vectors(None if self._everything else wanted)
         make = ExactIndex if len(ids) < self.exact_below else ApproximateIndex
         self._index = make(ids, vectors.reshape(len(ids), self.encoder.dim), self.threads)
         return self
 
     def fresh(self):
         "The index, brought up to date if the store has changed."
-        same = self._index is not None and self._made_from == self.store.fingerprint()
+        same = self._index is not None and self._made_from == self._mark()
         return self._index if same else self.index(self._only)._index
 
     def _vectors(self, ids): return self.store.get_vectors(self.encoder.name, self.key, ids)
@@ -344,12 +344,12 @@ class ApproximateRetriever(Retriever):
     def load(self, path: str | os.PathLike  # what `save` wrote
             ) -> str:  # 'loaded', or 'rebuilt: ' and the reason
         "Use a saved index if it fits, or build and save it; another encoder or key is an error."
-        fingerprint, wanted = self.store.fingerprint(), self.wanted()
+        mark, wanted = self._mark(), self.wanted()
         if len(wanted) < self.exact_below: reason = "so few keys are searched exactly"
         else:
             index, reason = read_index(Path(path), self._describe_index(wanted), self.threads)
             if index is not None:
-                self._index, self._made_from = index, fingerprint
+                self._index, self._made_from = index, mark
                 return "loaded"
         self.index(self._only)
         self.save(path)

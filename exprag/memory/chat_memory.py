@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['episode_of', 'control_tokens', 'Receipt', 'Augmented', 'ChatMemoryOptions', 'ChatMemory']
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #496efef1
+# %% ../../nbs/memory/14_chat_memory.ipynb #9d09936b
 import asyncio
 import re
 import threading
@@ -22,10 +22,10 @@ from ..logs.messages import CHAT, chat_task, read_conversation, write_conversati
 from ..logs.messages import text_of as strict_text_of
 from ..logs.spans import traced
 from ..logs.turns import tool_call
-from .curation import Trust, make_room, trusted
+from .curation import Trust, make_room, own_sources, trusted
 from .maintenance import Erased, Redactor, erase
 from ..prompt import PlainText, PromptFormat
-from ..query import Encoder, Retriever
+from ..query import Encoder, Retriever, follow, within
 from ..select import Memory, Once, Selection, Stage, successes_only, top_k
 from ..store import Store, StoreError, author_of
 from ..trajectory import (
@@ -55,14 +55,14 @@ def _openai_turn(message):
         made["tool_calls"] = [tool_call(call, "tool_calls") for call in calls]
     return {**made, **{k: message[k] for k in ("tool_call_id", "name") if message.get(k)}}
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #6a870719
+# %% ../../nbs/memory/14_chat_memory.ipynb #987e937c
 def as_messages(messages: Iterable) -> list[dict]:
     "Messages as dicts, whether they are dicts or objects of a client's library."
     made = [_openai_turn(plain(m)) for m in messages]
     for number, m in enumerate(made, 1):
         if not isinstance(m, dict) or not isinstance(m.get("role"), str):
             raise TrajectoryError(
-                f"message {number} is {str(m)[:60]!r}, a {type(m).__name__} without a role: give "
+                f"message {number} is a {type(m).__name__} without a role: give "
                 "dicts with role and content, or message objects of OpenAI's client or LangChain")
     return made
 
@@ -82,7 +82,7 @@ def text_of(message: Mapping) -> tuple[str, Counter]:  # text, other parts by ty
         else: others[str(kind)] += 1
     return "\n\n".join(texts) or " ".join(f"[{kind}]" for kind in others.elements()), others
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #417501e1
+# %% ../../nbs/memory/14_chat_memory.ipynb #050377e4
 def episode_of(messages: Sequence[Mapping],  # a conversation, with or without a memory block
                task: Task | None = None,  # None: one made from the goal
                goal: str | None = None,  # how the first user turn begins; None: all of it
@@ -100,8 +100,8 @@ def episode_of(messages: Sequence[Mapping],  # a conversation, with or without a
         opening = text.strip()
         begins = opening if goal is None else whole_text(goal.strip())
         if opening.startswith(begins): return begins, opening[len(begins):].strip()
-        raise TrajectoryError(f"the first user turn begins with {opening[:60]!r}, not with the "
-                              f"goal {goal[:60]!r}; give its beginning, or no goal")
+        raise TrajectoryError("the first user turn does not begin with the goal that was given; "
+                              "give its beginning, or no goal")
     return read_conversation(given, task or chat_task, split, **fields_)
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #6d43d526
@@ -247,7 +247,7 @@ class ChatMemoryOptions:
 
     def __post_init__(self): known(self.place, ("system", "last"), "place")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #85ab681c
+# %% ../../nbs/memory/14_chat_memory.ipynb #de291e1e
 class ChatMemory:
     "A memory for agents that speak in chat messages; safe for threads and processes."
     def __init__(self, store: Store,
@@ -260,12 +260,16 @@ class ChatMemory:
             raise ValueError(f"this memory writes into {store!r}, and its retriever looks into "
                              f"{retriever.store!r}; give both the same store")
         only = {} if options.namespace is None else {"namespace": options.namespace}
-        self.trust = options.trust or Trust({author: "trusted"})
-        self.memory = Memory(retriever, (trusted(self.trust), *options.stages), view=options.view,
-                             when=options.when, only=only)
+        self.trust, self.retriever = options.trust or Trust({author: "trusted"}), retriever
+        stages = (trusted(self.trust), *options.stages)
+        if only:
+            retriever = within(retriever, options.namespace)
+            stages = (own_sources(store, options.namespace, options.view), *stages)
+        self.memory = Memory(retriever, stages, view=options.view, when=options.when, only=only)
         self.owner = digest([author, options.namespace])  # of receipts
         self._lock, self._warned = threading.RLock(), False
-        if not store.read_only:
+        made = store.row("SELECT 1 FROM sqlite_master WHERE name = 'receipt_lost_an_episode'")
+        if not (made or store.read_only):
             with store.writing() as connection:
                 for statement in _RECEIPTS: connection.execute(statement)
 
@@ -275,7 +279,7 @@ class ChatMemory:
 
     def within(self, namespace: str | None) -> "ChatMemory":
         "The same memory in another namespace: it reads and writes there and nowhere else."
-        made = ChatMemory(self.store, self.memory.retriever, self.author,
+        made = ChatMemory(self.store, self.retriever, self.author,
                           replace(self.options, namespace=namespace))
         made._lock = self._lock  # they share a retriever
         return made
@@ -290,6 +294,11 @@ class ChatMemory:
         provenance = {**made.provenance, "author": self.author}  # not redacted: trust goes by it
         task = task or chat_task(made.goal, self.options.world)
         return replace(made, task=task, provenance=provenance)
+
+    def holds(self, id: str) -> bool:
+        "Whether an episode is in this memory's namespace."
+        return id in self.store if (place := self.options.namespace) is None else bool(
+            self.store.row("SELECT 1 FROM namespaces WHERE name = ? AND id = ?", place, id))
 
     def recall(self, messages: Sequence[Mapping], **about) -> Selection:  # `about`: task, goal
         "The experience for a conversation, with reasons."
@@ -324,9 +333,8 @@ class ChatMemory:
             raise ValueError(f"success={success!r}: True (it did what was wanted), False, or None "
                              "(not known)")
         if score is None and task is None and success is not None: score = float(success)
-        made = self.episode(
-            messages, task, goal, success=success, score=score, provenance=provenance
-        )
+        made = self.episode(messages, task, goal, success=success, score=score,
+                            provenance=provenance)
         if not len(made):
             raise TrajectoryError(
                 f"nothing was done in these {len(messages)} messages: there is no "
@@ -336,30 +344,35 @@ class ChatMemory:
         kept = self._keep(made, bool(success or failures))
         if found is not None: self.settle(found, success)
         if kept is not None and self.options.most is not None:
-            make_room(self.store, self.options.most, namespace=self.options.namespace,
-                      keep=[made.id])
+            make_room(self.store, self.options.most, self.options.namespace, keep=[kept.id])
         return kept
 
     @traced("delete_memory", lambda erased: ())
     def forget(self, ids: Iterable[str]) -> Erased:
         "Erase records: text, vectors, words, what receipts quote of them, and their bytes."
-        ids, place = list(ids), self.options.namespace
-        foreign = set(ids) - set(self.store.find(namespace=place)) if place is not None else ()
-        if foreign:
-            raise StoreError(f"{sorted(foreign)[0]} is not in namespace {place!r}; nothing was "
-                             "erased. Use a memory of the right namespace")
-        return erase(self.store, ids)
+        ids, place = set(ids), self.options.namespace
+        if place is None: return erase(self.store, ids)
+        if foreign := [id for id in sorted(ids) if not self.holds(id)]:
+            raise StoreError(f"{foreign[0]} is not in namespace {place!r}; nothing was erased. Use "
+                             "a memory of the right namespace")
+        with self.store.writing() as connection:  # what others hold, too, only leaves this one
+            def delete(sql, *values): connection.executemany(sql, [(*values, id) for id in ids])
+            delete("DELETE FROM namespaces WHERE name = ? AND id = ?", place)
+            delete("DELETE FROM receipt_reads WHERE receipt IN (SELECT id FROM receipts WHERE "
+                   "owner = ?) AND id = ?", self.owner)
+            delete("DELETE FROM trajectories WHERE id = ? AND NOT EXISTS (SELECT 1 FROM "
+                   "namespaces WHERE namespaces.id = trajectories.id)")
+            connection.execute("INSERT OR IGNORE INTO unfinished VALUES ('scrub')")
+        return erase(self.store, ())._replace(episodes=len(ids))
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #80448ba6
+# %% ../../nbs/memory/14_chat_memory.ipynb #581c7aed
 @patch
 def _recall(self: ChatMemory, now: Trajectory) -> Selection:
     "What the memory has for an episode; the first time that a setting leaves nothing, it is said."
     with self._lock: selection = self.memory.recall(now)
     if selection.experiences or self._warned: return selection
-    place = self.options.namespace
-    worlds = sorted(world for world, in self.store.rows(
-        "SELECT DISTINCT world FROM trajectories WHERE ? IS NULL OR id IN "
-        "(SELECT id FROM namespaces WHERE name = ?)", place, place))
+    worlds = () if selection.dropped else sorted(
+        {world for world, *_ in self.store.census(self.options.namespace)})
     if selection.dropped and all(d.stage == "trusted" for d in selection.dropped):
         names = sorted({author_of(d.experience.trajectory) for d in selection.dropped})
         said = ", ".join(repr(name) if name else "an unknown author" for name in names)
@@ -370,7 +383,7 @@ def _recall(self: ChatMemory, now: Trajectory) -> Selection:
         why = ("nobody has said how the nearest episodes ended, and only successes are shown: "
                "import them with --success or --score, record() says it of a conversation, and "
                "ChatMemoryOptions(stages=(top_k(2),)) shows them all")
-    elif worlds and not selection.dropped and now.task.world not in worlds:
+    elif worlds and now.task.world not in worlds:
         why = (f"no episode is of world {now.task.world!r}; there are {worlds}. Read one of them "
                "with ChatMemoryOptions(world=...), or adopt() the episodes")
     else: return selection
@@ -448,13 +461,14 @@ def receipt(self: ChatMemory, of: Receipt | str  # a receipt, its id, or a conve
                      f"{self.options.namespace!r}: augment(messages, conversation=...) writes one, "
                      f"and it is kept for {_RECEIPT_DAYS} days")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #59482517
+# %% ../../nbs/memory/14_chat_memory.ipynb #e17a25d5
 @patch
 def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conversation's name
            success: bool | None  # None: it has ended, and nobody knows how
           ) -> Receipt:
     "Credit what a conversation had read; a second verdict corrects the first."
-    found, stamp = self.receipt(of), time.time()
+    found, stamp, place = self.receipt(of), time.time(), self.options.namespace
+    here = "AND (? IS NULL OR id IN (SELECT id FROM namespaces WHERE name = ?))"  # not what left
     with self.store.writing() as connection:
         before, = connection.execute("SELECT gain FROM receipts WHERE id = ?",
                                      [found.id]).fetchone() or (None,)
@@ -464,23 +478,23 @@ def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conve
         if gain is not None and gain != before:
             connection.execute(
                 "INSERT INTO usage SELECT id, ?, ?, ? FROM receipt_reads WHERE receipt = ? AND "
-                "shown ON CONFLICT(id) DO UPDATE SET uses = uses + excluded.uses, gain = gain + "
-                "excluded.gain, last = max(last, excluded.last)",
-                [int(before is None), gain - (before or 0.0), stamp, found.id])
+                f"shown {here} ON CONFLICT(id) DO UPDATE SET uses = uses + excluded.uses, "
+                "gain = gain + excluded.gain, last = max(last, excluded.last)",
+                [int(before is None), gain - (before or 0.0), stamp, found.id, place, place])
     return found
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #ab83609b
+# %% ../../nbs/memory/14_chat_memory.ipynb #6feabef3
 @patch
 def _keep(self: ChatMemory, made: Trajectory,
           wanted: bool  # False: only correct what is there
          ) -> Trajectory | None:  # what was kept
     "Put an episode into the store; one that is there gets the new outcome."
     place = self.options.namespace
-    if made.id in self.store:
-        old, here = self.store.get(made.id), self.store.row(
-            "SELECT 1 FROM namespaces WHERE name = ? AND id = ?", place or "", made.id)
-        foreign = author_of(old) not in ("", self.author)  # what has no author becomes ours
-        if foreign or (place is not None and not here):
+    if place is not None and not self.holds(made.id):  # others may have it, and its outcome
+        made = replace(made, settings={**made.settings, "namespace": place})
+    if self.holds(made.id):
+        old = self.store.get(made.id)
+        if author_of(old) not in ("", self.author):  # what has no author becomes ours
             made = replace(made, success=old.success, score=old.score)
         elif made.success is not None and old.success != made.success:
             about, past = {**old.provenance, "author": self.author}, [old.success]
@@ -492,8 +506,11 @@ def _keep(self: ChatMemory, made: Trajectory,
                 connection.execute(
                     "UPDATE trajectories SET success = ?, score = ?, record = ?, author = ? WHERE "
                     "id = ?", [made.success, made.score, record, self.author, made.id])
-    if wanted: self.store.add_many([made], namespace=place)
-    return made if wanted else None
+    if not wanted: return None
+    with self.store.writing():
+        self.store.add_many([made], namespace=place)
+        follow(self.memory.retriever, [made])
+    return made
 
 # %% ../../nbs/memory/14_chat_memory.ipynb #a9ffee82
 @patch

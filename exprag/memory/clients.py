@@ -150,8 +150,11 @@ class Interface:
     add: Callable  # (answer so far, event of a stream) -> None
     put: Callable  # (request, augmented messages, place) -> request
 
-# %% ../../nbs/memory/15_clients.ipynb #56004bf4
+# %% ../../nbs/memory/15_clients.ipynb #c4fd6840
 _METHODS = ("create", "parse", "stream")
+_FUNCTIONS = {  # of LiteLLM: the interface, and what may be given by its place
+    **dict.fromkeys(("completion", "acompletion"), ("chat.completions", ("model", "messages"))),
+    **dict.fromkeys(("responses", "aresponses"), ("responses", ("input", "model")))}
 INTERFACES = {  # by the place of these methods in a client
     "chat.completions": Interface(
         lambda request: list(map(plain, request["messages"])), chat_answer, add_chat_chunk,
@@ -310,7 +313,7 @@ class WatchedManager:
             if ended is not None: guarded(self._done, ended)
         return await self._manager.__aexit__(*error)
 
-# %% ../../nbs/memory/15_clients.ipynb #97c65918
+# %% ../../nbs/memory/15_clients.ipynb #5bc79fa2
 class Part:
     "A part of a client: hands everything on, and gives the requests of an interface a memory."
     def __init__(self, target, conversations: Conversations, path: tuple[str, ...] = ()):
@@ -318,6 +321,8 @@ class Part:
 
     def __getattr__(self, name):
         value, path = getattr(self._target, name), (*self._path, name)
+        if name in _FUNCTIONS and not self._path and hasattr(self._target, "acompletion"):
+            return self._with_memory(value, INTERFACES[_FUNCTIONS[name][0]], path)
         aside = ("beta", "with_raw_response", "with_streaming_response")
         place = ".".join(part for part in path if part not in aside)
         inside, _, method = place.rpartition(".")
@@ -328,7 +333,7 @@ class Part:
 
     def __repr__(self): return f"{type(self).__name__}({self._target!r})"
 
-# %% ../../nbs/memory/15_clients.ipynb #7203dcc7
+# %% ../../nbs/memory/15_clients.ipynb #14cd11a2
 @patch
 def _with_memory(self: Part, method: Callable, interface: Interface, path: tuple) -> Callable:
     "A method that asks the memory before it asks the server."
@@ -347,13 +352,17 @@ def _with_memory(self: Part, method: Callable, interface: Interface, path: tuple
             return WatchedStream(answer, interface.add, partial(done, name))
         if whole is not None: guarded(done, name, whole)
         return answer
-    def call(**request):
-        name, request = begin(request)
+    places = _FUNCTIONS.get(path[-1], ((), ()))[1]
+    def named(given, request):
+        if len(given) <= len(places): return {**dict(zip(places, given)), **request}
+        raise TypeError(f"{path[-1]}() has a memory: give its arguments by their names")
+    def call(*given, **request):
+        name, request = begin(named(given, request))
         conversations.latest.set(name)
         answer = method(**request)
         return noted(name, request, answer, parsed(request, answer))
-    async def call_async(**request):
-        name, request = await asyncio.to_thread(begin, request)
+    async def call_async(*given, **request):
+        name, request = await asyncio.to_thread(begin, named(given, request))
         conversations.latest.set(name)
         answer = await method(**request)
         whole = parsed(request, answer)
@@ -370,7 +379,8 @@ def _with_memory(self: Part, method: Callable, interface: Interface, path: tuple
         return WatchedManager(lambda request: method(**request), start, end)
     if path[-1] == "stream": return manager
     streaming = "with_streaming_response" in path  # returns a manager, also of an async client
-    return call_async if conversations.waits and not streaming else call
+    waits = conversations.waits or inspect.iscoroutinefunction(method)
+    return call_async if waits and not streaming else call
 
 # %% ../../nbs/memory/15_clients.ipynb #5ef425da
 class RememberingClient(Part):
@@ -427,15 +437,15 @@ async def record_async(self: RememberingClient, success: bool | None, **more  # 
     "As `record`, without blocking the event loop."
     return await asyncio.to_thread(self.record, success, **more)  # in a copy of this context
 
-# %% ../../nbs/memory/15_clients.ipynb #575b46d5
-def wrap(client,  # OpenAI, AsyncOpenAI, Anthropic or AsyncAnthropic, or one that is like them
+# %% ../../nbs/memory/15_clients.ipynb #4363370f
+def wrap(client,  # of OpenAI or Anthropic, or one that is like them; or the module `litellm`
          memory: ChatMemory
         ) -> RememberingClient:
     "A client that asks a memory before each conversation, and can record how it ended."
     parts = [place.split(".") for place in INTERFACES]
     def has(part): return hasattr(client, part[0])
-    if isinstance(client, Part) or not any(map(has, parts)):
+    if isinstance(client, Part) or not any(map(has, [*parts, ["acompletion"]])):
         raise TypeError(f"{client!r} is a {type(client).__name__}: wrap() takes a client of OpenAI "
-                        "or Anthropic, or one with the same methods, and takes it once")
+                        "or Anthropic, or one with the same methods, or litellm, and takes it once")
     waits = inspect.iscoroutinefunction(getattr(client, "close", None))
     return RememberingClient(client, Conversations(memory, waits))

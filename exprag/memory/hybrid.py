@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['RANK_OFFSET', 'Finder', 'WordRetriever', 'FusedRetriever', 'Reranked']
 
-# %% ../../nbs/memory/02_hybrid.ipynb #79dd5754
-from collections.abc import Iterable, Sequence
+# %% ../../nbs/memory/02_hybrid.ipynb #d860c161
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from ..query import TextTooLong, chunks, key_function
-from ..store import Store
-from ..trajectory import Trajectory
+from ..query import NAMESPACES_KEPT, TextTooLong, chunks, follow, key_function, within
+from ..store import Store, id_set_hash, word_query
+from ..trajectory import Trajectory, whole_text
 from ..views import Cursor, Experience, Hit
 
-# %% ../../nbs/memory/02_hybrid.ipynb #3cbbb251
+# %% ../../nbs/memory/02_hybrid.ipynb #e5a2af45
 class Finder(Protocol):
     "What every retriever can do."
     store: Store
@@ -32,14 +36,19 @@ class Finder(Protocol):
     def prepare(self, trajectories: Sequence[Trajectory]) -> int: ...  # encode many queries at once
     def describe(self) -> dict: ...  # what decides its answers, as JSON
 
-# %% ../../nbs/memory/02_hybrid.ipynb #da4edd7c
+    # it may also have:
+    # within(namespace) -> a retriever that reads the episodes of this namespace only
+    # follow(trajectories): called in the transaction that adds them
+
+# %% ../../nbs/memory/02_hybrid.ipynb #28c6d6c2
 class WordRetriever:
     "Finds stored episodes by the words they share with the query: BM25."
     def __init__(self, store: Store,
                  key: str = "goal",  # what of a stored episode is compared, a name in `KEYS`
                  query: str = "goal"):  # with what of the agent's own
         self.store, self.key, self.query = store, key, query
-        self.key_of, self.query_of, self._made_from = key_function(key), key_function(query), None
+        self.key_of, self.query_of = key_function(key), key_function(query)
+        self._made_from, self._inside = None, {}
 
     def __repr__(self):
         return f"WordRetriever(key {self.key!r}, query {self.query!r}, {self.store!r})"
@@ -53,24 +62,105 @@ class WordRetriever:
         return {"words": "bm25", "key": self.key, "query": self.query,
                 "store": self.store.fingerprint(), "statistics": sorted({*kept, self.key})}
 
+    def within(self, namespace: str) -> "NamespaceWords":
+        "The same for the episodes of a namespace, with statistics of their words alone."
+        if (made := self._inside.get(namespace)) is None:
+            made = NamespaceWords(self.store, self.key, self.query, namespace)
+            if len(self._inside) == NAMESPACES_KEPT: self._inside.pop(next(iter(self._inside)))
+            self._inside[namespace] = made
+        return made
+
     def index(self, batch: int = 1000  # episodes a transaction
              ) -> int:  # how many were added
         "Give the store the texts that it lacks."
-        made_from = self.store.fingerprint()
-        missing = sorted(set(self.store.find()) - set(self.store.text_ids(self.key)))
-        for start in range(0, len(missing), batch):
-            some = missing[start:start + batch]
+        mark, count = self.store.changes(), 0
+        if self.store.derived(f"texts {self.key}", mark) is None:
+            count = self._add(self._missing(), batch)
+            self.store.keep_derived(f"texts {self.key}", mark, "complete")
+        self._made_from = mark
+        return count
+
+    def _missing(self, namespace: str | None = None) -> list[str]:
+        "The episodes without a text, by id."
+        table, values = "trajectories AS t WHERE", []
+        if namespace is not None: table, values = "namespaces AS t WHERE name = ? AND", [namespace]
+        sql = f"SELECT id FROM {table} NOT EXISTS (SELECT 1 FROM texts WHERE key = ? AND " \
+              "id = t.id) ORDER BY id"
+        return [id for id, in self.store.rows(sql, *values, self.key)]
+
+    def _add(self, ids: Sequence[str], batch: int) -> int:
+        for start in range(0, len(ids), batch):
+            some = ids[start:start + batch]
             self.store.put_texts(self.key, {id: self.key_of(self.store.get(id)) for id in some})
-        self._made_from = made_from
-        return len(missing)
+        return len(ids)
+
+    def follow(self, trajectories: Sequence[Trajectory]) -> None:
+        "Add the texts of new episodes, in the transaction that adds the episodes."
+        texts = {t.id: self.key_of(t) for t in trajectories}
+        with self.store.writing():
+            there = self.store.rows("SELECT id FROM texts WHERE key = ? AND id IN (SELECT value "
+                                    "FROM json_each(?))", self.key, json.dumps(list(texts)))
+            new, name = texts.keys() - {id for id, in there}, f"texts {self.key}"
+            self.store.put_texts(self.key, {id: texts[id] for id in new})
+            count, _ = mark = self.store.changes()
+            if self.store.derived(name, (count - len(new), None)):  # nothing else has come or gone
+                self.store.keep_derived(name, mark, "complete")
 
     def search(self, trajectory: Trajectory, n: int = 20,
                allow: Iterable[str] | None = None) -> list[Hit]:
         "The episodes that share words with the query, best first; ties by id."
         if n < 1: raise ValueError(f"search(n={n}): ask for at least one episode")
-        if self._made_from != self.store.fingerprint(): self.index()
-        allow = None if allow is None else list(allow)
+        if self._made_from != self.store.changes(): self.index()
         rows = self.store.match(self.key, self.query_of(trajectory), n, allow)
+        return [Hit(id, score, rank) for rank, (id, score) in enumerate(rows, 1)]
+
+# %% ../../nbs/memory/02_hybrid.ipynb #b9aff485
+class NamespaceWords(WordRetriever):
+    "Finds episodes of a namespace as if the store held no others."
+    def __init__(self, store: Store, key: str, query: str, namespace: str):
+        super().__init__(store, key, query)
+        self.namespace, self._lock, self._rows = namespace, threading.RLock(), {}
+        self._words = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._words.execute("CREATE VIRTUAL TABLE words USING fts5(id UNINDEXED, text)")
+
+    def describe(self) -> dict:
+        ids = self.store.find(namespace=self.namespace)
+        return {**super().describe(), "namespace": self.namespace, "store": id_set_hash(ids),
+                "statistics": [self.key]}
+
+    def index(self, batch: int = 1000) -> int:
+        "Bring the index up to date with the namespace."
+        made_from, missing = self.store.writes(), self._missing(self.namespace)
+        if not self.store.read_only: self._add(missing, batch)
+        wanted = set(self.store.find(namespace=self.namespace))
+        for id in self._rows.keys() - wanted:
+            self._words.execute("DELETE FROM words WHERE rowid = ?", [self._rows.pop(id)])
+        for id, text in self._texts(wanted - self._rows.keys()):
+            self._rows[id] = self._words.execute("INSERT INTO words VALUES (?, ?)",
+                                                 [id, text]).lastrowid
+        self._made_from = made_from
+        return len(missing)
+
+    def _texts(self, ids: Iterable[str]) -> Iterator[tuple[str, str]]:
+        "The texts of some episodes; made here, where the store cannot be written."
+        kept = dict(self.store.rows("SELECT id, text FROM texts WHERE key = ? AND id IN (SELECT "
+                                    "value FROM json_each(?))", self.key, json.dumps(sorted(ids))))
+        for id in sorted(ids):
+            if id in kept: yield id, kept[id]
+            elif self.store.read_only: yield id, whole_text(self.key_of(self.store.get(id)))
+
+    def search(self, trajectory: Trajectory, n: int = 20,
+               allow: Iterable[str] | None = None) -> list[Hit]:
+        "The episodes of the namespace that share words with the query, best first; ties by id."
+        if n < 1: raise ValueError(f"search(n={n}): ask for at least one episode")
+        if not (asked := word_query(self.query_of(trajectory))): return []
+        only = None if allow is None else json.dumps(list(allow))
+        with self._lock:
+            if self._made_from != self.store.writes(): self.index()
+            rows = self._words.execute(
+                "SELECT id, -bm25(words) AS score FROM words WHERE words MATCH ? AND (? IS NULL OR "
+                "id IN (SELECT value FROM json_each(?))) ORDER BY score DESC, id LIMIT ?",
+                [asked, only, only, n]).fetchall()
         return [Hit(id, score, rank) for rank, (id, score) in enumerate(rows, 1)]
 
 # %% ../../nbs/memory/02_hybrid.ipynb #7a003c09
@@ -80,7 +170,7 @@ def shared_ranks(hits: Sequence[Hit]  # nearest first
     scores = np.array([h.score for h in hits])
     return [float(np.mean(np.flatnonzero(scores == s)) + 1) for s in scores]
 
-# %% ../../nbs/memory/02_hybrid.ipynb #e4d667bc
+# %% ../../nbs/memory/02_hybrid.ipynb #fb065c00
 RANK_OFFSET = 60  # as in the paper; larger: the first places count for less
 
 class FusedRetriever:
@@ -100,6 +190,14 @@ class FusedRetriever:
         self.store = self.retrievers[0].store
 
     def __repr__(self): return f"FusedRetriever({self.retrievers})"
+
+    def within(self, namespace: str) -> "FusedRetriever":
+        "The same for the episodes of a namespace."
+        return FusedRetriever([within(r, namespace) for r in self.retrievers], self.weights,
+                              self.pool)
+
+    def follow(self, trajectories: Sequence[Trajectory]) -> None:
+        for r in self.retrievers: follow(r, trajectories)
 
     def describe(self) -> dict:
         return {"fusion": "reciprocal rank", "offset": RANK_OFFSET, "weights": self.weights,
@@ -141,7 +239,7 @@ def fitting(query: str, key: str,
                           "give the reranker a shorter query, such as query='goal'")
     return [part for part, _ in chunks(key, tokenizer, room)]
 
-# %% ../../nbs/memory/02_hybrid.ipynb #11bc7ed5
+# %% ../../nbs/memory/02_hybrid.ipynb #791dd300
 _PAIRS_KEPT = 65536  # scores that a reranker remembers
 
 class Reranked:
@@ -160,6 +258,15 @@ class Reranked:
         self.name, self._scores = f"{label}@{weights_digest(cross_encoder)}", {}
 
     def __repr__(self): return f"Reranked({self.name}, {self.retriever})"
+
+    def within(self, namespace: str) -> "Reranked":
+        "The same for the episodes of a namespace."
+        made = copy(self)
+        made.retriever = within(self.retriever, namespace)
+        return made
+
+    def follow(self, trajectories: Sequence[Trajectory]) -> None:
+        follow(self.retriever, trajectories)
 
     def describe(self) -> dict:
         return {"reranker": self.name, "key": self.key, "query": self.query, "pool": self.pool,

@@ -72,7 +72,7 @@ def embed_places(store: Store, encoder: Encoder,
                 "SELECT ?, ?, ?, ?, id FROM trajectories WHERE id = ?", rows)
     return len(missing)
 
-# %% ../../nbs/memory/01_in_episode.ipynb #4ccd5f99
+# %% ../../nbs/memory/01_in_episode.ipynb #26e049a8
 class PlaceRetriever(Retriever):
     "Finds stored episodes by the place in them that is nearest to where an agent stands."
     def __init__(self, store: Store, encoder: Encoder,
@@ -90,7 +90,7 @@ class PlaceRetriever(Retriever):
              ) -> "PlaceRetriever":  # itself
         "Build the index, or build it anew."
         self._only = None if ids is None else frozenset(ids)
-        self._made_from = self.store.fingerprint()
+        self._made_from = self._mark()
         wanted = self.wanted()
         embed_places(self.store, self.encoder, self.key, self.granularity, wanted)
         rows = self.store.rows(

@@ -166,13 +166,15 @@ TABLES = ("""CREATE TABLE IF NOT EXISTS insights(
     """CREATE TRIGGER IF NOT EXISTS insight_lost_a_source AFTER DELETE ON insight_sources
     BEGIN DELETE FROM insights WHERE id = OLD.insight; END""")
 
-# %% ../../nbs/memory/09_insights.ipynb #22a7c7df
+# %% ../../nbs/memory/09_insights.ipynb #08c72db2
 class Insights:
     "What one model wrote about the episodes of a store: written once, deleted with its sources."
     def __init__(self, store: Store,
                  author: Author,
-                 folds: Sequence[str] = ("train",)):  # other episodes are refused as sources
+                 folds: Sequence[str] = ("train",),  # other episodes are refused as sources
+                 namespace: str | None = None):  # likewise; None: any
         self.store, self.author, self.folds, self.rejected = store, author, tuple(folds), []
+        self.namespace = namespace
         self.label = f"{author.name}@{digest(author.describe(), 8)}"
         with store.writing() as connection:
             for statement in TABLES: connection.execute(statement)
@@ -188,6 +190,10 @@ class Insights:
         if source is not None:
             sql += " AND id IN (SELECT insight FROM insight_sources WHERE episode = ?)"
             values.append(source)
+        if self.namespace is not None:
+            sql += (" AND NOT EXISTS (SELECT 1 FROM insight_sources WHERE insight = insights.id "
+                    "AND episode NOT IN (SELECT id FROM namespaces WHERE name = ?))")
+            values.append(self.namespace)
         rows = self.store.rows(sql + " ORDER BY id", *values)
         records = [json.loads(record) for record, in rows]
         def value(v): return tuple(v) if isinstance(v, list) else v
@@ -226,6 +232,10 @@ class Insights:
 
     def _source(self, id: str) -> Trajectory:
         "An episode that may be a source."
+        place = self.namespace
+        if place is not None and self.store.row(
+                "SELECT 1 FROM namespaces WHERE name = ? AND id = ?", place, id) is None:
+            raise InsightError(f"episode {id[:8]} is not in namespace {place!r}; leave it out")
         if (found := self.store.get(id)).task.fold not in self.folds:
             raise InsightError(
                 f"episode {id[:8]} of {found.task} is not of fold {' or '.join(self.folds)}: what"

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Done', 'Recalled', 'MemoryTools', 'memory_server', 'with_token', 'serve']
 
-# %% ../../nbs/memory/18_mcp.ipynb #e426506a
+# %% ../../nbs/memory/18_mcp.ipynb #16af8f49
 import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from inspect import cleandoc
 from typing import Annotated
 from uuid import uuid4
 
@@ -44,7 +45,7 @@ Given = Annotated[str | None, Field(description="what search_experience gave you
 Steps = Annotated[list[Done], Field(description="what you did, in order", min_length=1,
                                     max_length=2000)]
 
-# %% ../../nbs/memory/18_mcp.ipynb #dbfe0fd0
+# %% ../../nbs/memory/18_mcp.ipynb #ed83fb53
 class MemoryTools:
     "What an agent can do with a memory; safe for threads, like the memory."
     def __init__(self, memory: ChatMemory): self.memory = memory
@@ -56,16 +57,10 @@ class MemoryTools:
         receipt = asked.receipt.id if asked.receipt else ""  # none in a read-only place
         return Recalled(asked.block, list(asked.ids), receipt)
 
-    def _holds(self, id: str) -> bool:
-        "Whether the memory's namespace has an episode."
-        store, place = self.memory.store, self.memory.options.namespace
-        return id in store if place is None else bool(store.row(
-            "SELECT 1 FROM namespaces WHERE name = ? AND id = ?", place, id))
-
     def read_episode(self, episode: Annotated[str, Field(description="an id, whole")]) -> str:
         "Read an episode that search_experience named, with everything that was observed."
         memory = self.memory
-        if not self._holds(episode) or episode in memory.store.shut_outs():
+        if not memory.holds(episode) or episode in memory.store.shut_outs():
             raise StoreError(f"there is no episode {episode!r} here; search_experience names some")
         found = memory.store.get(episode)
         level = memory.trust.level(found)
@@ -108,7 +103,7 @@ def _said(method: Callable) -> Callable:
         except (ValueError, StoreError) as error: raise ToolError(str(error)) from None
     return call
 
-# %% ../../nbs/memory/18_mcp.ipynb #750772ea
+# %% ../../nbs/memory/18_mcp.ipynb #452c6711
 def memory_server(memory: ChatMemory, name: str = "exprag"):  # an `mcp.server.MCPServer`
     "An MCP server of a memory; without the tools that write, where the store cannot be written."
     from mcp.server import MCPServer
@@ -118,10 +113,11 @@ def memory_server(memory: ChatMemory, name: str = "exprag"):  # an `mcp.server.M
     reading = ToolAnnotations(read_only_hint=True, open_world_hint=False)
     writing = ToolAnnotations(destructive_hint=False, open_world_hint=False)
     for method in (tools.search_experience, tools.read_episode):
-        server.add_tool(_said(method), annotations=reading)
+        server.add_tool(_said(method), description=cleandoc(method.__doc__), annotations=reading)
     if not memory.store.read_only:
         for method in (tools.record_experience, tools.report_outcome):
-            server.add_tool(_said(method), annotations=writing)
+            about = cleandoc(method.__doc__)
+            server.add_tool(_said(method), description=about, annotations=writing)
     return server
 
 # %% ../../nbs/memory/18_mcp.ipynb #12a4d7de

@@ -6,7 +6,7 @@
 __all__ = ['TEXT_LIMIT', 'ARMS', 'ANSWERS', 'TrialError', 'TrialTask', 'read_tasks', 'Design', 'schedule', 'MemorySettings',
            'ArmMemory', 'TrialMemory', 'Run', 'RunFile', 'confidence_sequence', 'decide', 'Trial', 'run_trial']
 
-# %% ../../nbs/memory/16_trial.ipynb #0e3483d0
+# %% ../../nbs/memory/16_trial.ipynb #93c1583e
 import fcntl
 import json
 import os
@@ -27,7 +27,7 @@ from ..query import Retriever, SentenceEncoder
 from ..results import sync_directory, whole_lines
 from ..select import Selection, Stage, successes_only, top_k
 from ..statistics import Interval
-from ..store import Store
+from ..store import Store, id_set_hash
 from ..trajectory import Trajectory, canonical_json, digest, known, same_task
 from ..views import load_view
 
@@ -156,7 +156,7 @@ class MemorySettings:
         return ChatMemoryOptions(self.world, self.namespace or None, trust, view=self.view,
                                  stages=(*own, successes_only(), top_k(self.k)))
 
-# %% ../../nbs/memory/16_trial.ipynb #2731cb5b
+# %% ../../nbs/memory/16_trial.ipynb #450291cd
 class ArmMemory(ChatMemory):
     "The memory that one run sees: it reads, and writes nothing."
     def __init__(self, retriever: Retriever, settings: MemorySettings = MemorySettings(),
@@ -197,14 +197,14 @@ class ArmMemory(ChatMemory):
     def within(self, namespace: str | None) -> "ArmMemory":
         "The same arm in another namespace."
         settings = replace(self.settings, namespace=namespace or "")
-        return ArmMemory(self.memory.retriever, settings, self.mode, self.seed)
+        return ArmMemory(self.retriever, settings, self.mode, self.seed)
 
     def text(self, goal: str) -> str:  # '' for none
         "The memory block for a goal, for an agent that makes its own prompt."
         found = self.recall([{"role": "user", "content": goal}])
         return memory_block(found, self.options.view, self.options.control)
 
-# %% ../../nbs/memory/16_trial.ipynb #93246435
+# %% ../../nbs/memory/16_trial.ipynb #e423547e
 class TrialMemory:
     "The experience that a trial gives to its runs."
     def __init__(self, store: Store, settings: MemorySettings = MemorySettings(),
@@ -213,7 +213,8 @@ class TrialMemory:
         found = store.find(settings.world, folds=["train"], success=True,
                            namespace=settings.namespace or None, authors=settings.authors or None)
         if not found:
-            there = ", ".join("/".join(key[::2]) for key in store.census()) or "nothing"
+            there = ", ".join("/".join(key[::2]) for key in store.census(
+                settings.namespace or None)) or "nothing"
             raise TrialError(f"{store.path} holds no successful episode that {settings} could show "
                              f"(there is, as world/fold: {there}); change the memory's settings, "
                              "or record experience first")
@@ -225,12 +226,14 @@ class TrialMemory:
 
     def describe(self) -> dict:
         "What decides what it shows, as JSON."
-        return {**asdict(self.settings), "store": self.store.fingerprint(),
-                "encoder": self.retriever.encoder.name}
+        place = self.settings.namespace
+        content = id_set_hash(self.store.find(namespace=place)) if place else (
+            self.store.fingerprint())
+        return {**asdict(self.settings), "store": content, "encoder": self.retriever.encoder.name}
 
     def goal(self, id: str) -> str:
-        "The goal of an episode; '' for an id that is not of the store."
-        return self.store.get(id).goal if id in self.store else ""
+        "The goal of an episode; '' for an id that is not of the store, or not of the namespace."
+        return self.store.get(id).goal if self.arm("on").holds(id) else ""
 
 # %% ../../nbs/memory/16_trial.ipynb #a2c5f13e
 @dataclass(frozen=True)

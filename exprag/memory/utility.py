@@ -35,26 +35,33 @@ class Use:
         "The expected gain of the next use."
         return (self.gain + weight * prior) / (self.uses + weight)
 
-# %% ../../nbs/memory/10_utility.ipynb #1901ab9c
+# %% ../../nbs/memory/10_utility.ipynb #5f2bfbdb
 def credit(store: Store,
            ids: Iterable[str],  # the episodes that were read; unknown ones are passed over
            gain: float,  # what came of it, such as 1.0 for success and 0.0 for failure
-           now: float | None = None  # Unix seconds; None: by the clock
+           now: float | None = None,  # Unix seconds; None: by the clock
+           namespace: str | None = None  # only its episodes; None: all
           ) -> int:  # how many were credited
     "Record that episodes were used, and with what outcome."
     if not np.isfinite(gain): raise ValueError(f"gain {gain!r}: expected a finite number")
     stamp = time.time() if now is None else now
-    insert = """INSERT INTO usage SELECT id, 1, ?, ? FROM trajectories WHERE id = ?
+    insert = """INSERT INTO usage SELECT id, 1, ?, ? FROM trajectories AS t WHERE id = ? AND
+        (? IS NULL OR EXISTS (SELECT 1 FROM namespaces WHERE name = ? AND id = t.id))
         ON CONFLICT(id) DO UPDATE SET uses = uses + 1, gain = gain + excluded.gain,
             last = max(last, excluded.last)"""
     with store.writing() as connection:
-        rows = [(float(gain), stamp, id) for id in set(ids)]
+        rows = [(float(gain), stamp, id, namespace, namespace) for id in set(ids)]
         return connection.executemany(insert, rows).rowcount
 
-# %% ../../nbs/memory/10_utility.ipynb #1b834b76
-def usage(store: Store) -> dict[str, Use]:  # by id; episodes never used are not in it
+# %% ../../nbs/memory/10_utility.ipynb #9f5ac5d9
+def usage(store: Store,
+          namespace: str | None = None  # only its episodes; None: all
+         ) -> dict[str, Use]:  # by id; episodes never used are not in it
     "How often every episode was used so far, and with what gain."
-    rows = store.rows("SELECT id, uses, gain, last FROM usage")
+    within, values = "", []
+    if namespace is not None:
+        within, values = " JOIN namespaces USING(id) WHERE name = ?", [namespace]
+    rows = store.rows(f"SELECT id, uses, gain, last FROM usage{within}", *values)
     return {id: Use(*numbers) for id, *numbers in rows}
 
 # %% ../../nbs/memory/10_utility.ipynb #bfee7228

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-CHAPTER_NAME = re.compile(r"\d\d_\w+")
+CHAPTER_NAME = re.compile(r"\d\d[a-z]?_\w+")  # 11b stands between 11 and 12
 LAST = 20  # top-level chapters from this number on are read after the parts
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(?P<name>[\w-]+)\s*:?\s*(?P<value>.*?)\s*$")
 EXPORTS = {"export", "exports", "exporti"}  # nbdev's three: with its source shown, likewise, kept out of `__all__`
