@@ -33,7 +33,7 @@ def _run_demo(given: argparse.Namespace) -> None:
     print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the "
           "store of experience.")
 
-# %% ../nbs/21_command_line.ipynb #12ed60bd
+# %% ../nbs/21_command_line.ipynb #7921ae19
 _SIZES = {
     "quick": "a small version: two task types, a dozen training steps",
     "wide": "a large version: up to five test episodes of each type, some four times the "
@@ -50,37 +50,25 @@ _DEMO_OPTIONS = {
     "panel": {"choices": ("demo", "test-hard"),
               "help": "one test episode of each hard type, or up to five (default: demo; "
                       "test-hard if wide)"},
-    "track-progress": {
-        "action": "store_true",
-        "help": (
-            "the memory follows the agent (progress tracking) instead of showing "
-            "whole episodes once; adds a condition to the controls"
-        ),
-    },
+    "track-progress": {"action": "store_true",
+                       "help": "the memory follows the agent (progress tracking) instead of "
+                               "showing whole episodes once; adds a condition to the controls"},
     "controls": {"action": "store_true",
                  "help": "eight conditions instead of five: also replay, random experience and "
                          "oracle experience (nine with --track-progress)"},
-    "constrain": {
-        "action": "store_true",
-        "help": "write actions within the world's action templates, in every condition",
-    },
-    "threads": {
-        "type": int, "default": 2,
-        "help": "of PyTorch (default: %(default)s; 1 is faster where other programs use the cores)",
-    },
-}
+    "constrain": {"action": "store_true", "help": "write actions within the world's action "
+                                                  "templates, in every condition"},
+    "threads": {"type": int, "default": 2, "help": "of PyTorch (default: %(default)s; 1 is faster "
+                                                   "where other programs use the cores)"}}
 
-# %% ../nbs/21_command_line.ipynb #65388b1f
+# %% ../nbs/21_command_line.ipynb #ff99596b
 def _add_demo(commands) -> None:  # what `add_subparsers` gave
     "The command that runs the whole method."
     demo = commands.add_parser(
         "demo",
         help="the whole method, live: collect, store, index, train two adapters, evaluate",
-        description=(
-            "Five conditions on one panel. Interrupted, it goes on where it was; run again, "
-            "it reuses what is there."
-        ),
-    )
+        description="Five conditions on one panel. Interrupted, it goes on where it was; run "
+                    "again, it reuses what is there.")
     size = demo.add_mutually_exclusive_group()
     for name, about in _SIZES.items():
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=about)
@@ -163,15 +151,12 @@ def _run_trial(given: argparse.Namespace) -> None:
     print(run_plan(plan, given.out, say))
     print(f"Written to {given.out}: trial.html, trial.txt, and runs.jsonl with every run.")
 
-# %% ../nbs/21_command_line.ipynb #8ad06d89
+# %% ../nbs/21_command_line.ipynb #5a1b238b
 def _add_trial(commands) -> None:
     "The command that says whether memory helps an agent."
     about = "run your agent with and without memory, and say whether memory helps"
-    trial = commands.add_parser(
-        "trial",
-        help=about,
-        description="R" + about[1:] + ". Interrupted, it goes on where it was.",
-    )
+    trial = commands.add_parser("trial", help=about, description="R" + about[1:] + ". Interrupted, "
+                                                                 "it goes on where it was.")
     trial.add_argument("file", type=Path, help="a TOML file: tasks, command, store, ...")
     trial.add_argument("--out", type=Path, default=Path("runs", "trial"),
                        help="directory (default: %(default)s)")
@@ -488,18 +473,36 @@ def _add_memory_commands(commands) -> None:
     hook.add_argument("--wait", action="store_true",
                       help="record a session's end before returning, not in a process of its own")
 
-# %% ../nbs/21_command_line.ipynb #a95adb5e
+# %% ../nbs/21_command_line.ipynb #bf0ef57c
+def _run_view(given: argparse.Namespace) -> None:
+    "Serve pages about a store or a folder of runs."
+    try: from exprag.view.viewer import serve
+    except ImportError as error:
+        raise ImportError("pages need an extra: pip install 'exprag[view]'") from error
+    serve(given.path, given.port, not given.no_browser, given.encoder)
+
+# %% ../nbs/21_command_line.ipynb #68d71f04
+def _add_view(commands) -> None:
+    "The command that serves pages."
+    about = "look at a store or a folder of runs in a browser"
+    view = commands.add_parser("view", help=about, description="L" + about[1:] + ".")
+    view.add_argument("path", type=Path, help="a store's file, or a folder of runs")
+    view.add_argument("--port", type=int, default=0, help="on this machine (default: a free one)")
+    view.add_argument("--no-browser", action="store_true", help="only print the address")
+    view.add_argument("--encoder", metavar="NAME_OR_PATH", help="sentence encoder of its memories")
+    view.set_defaults(run=_run_view)
+
+# %% ../nbs/21_command_line.ipynb #cb8d0a6d
 def build_parser() -> argparse.ArgumentParser:
     "Commands and their options."
-    parser = argparse.ArgumentParser(
-        prog="exprag", description="Agents that learn from experience."
-    )
+    parser = argparse.ArgumentParser("exprag", description="Agents that learn from experience.")
     parser.add_argument("--version", action="version", version=f"exprag {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_stages(commands)
     _add_trial(commands)
     _add_memory_commands(commands)
+    _add_view(commands)
     _add_models(commands)
     _add_log_commands(commands)
     find = _add_store_command(commands, "search", _run_search,

@@ -5,102 +5,24 @@
 # %% auto #0
 __all__ = ['report_page', 'report_runs']
 
-# %% ../nbs/24_page.ipynb #9bc8d820
-import base64
-import io
+# %% ../nbs/24_page.ipynb #8dfebcc8
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
-from .results import (PRIMARY, SECONDARY, MEASURES, Question, Results, Run, answer,
-                            contrast_table, endings_table, load_results, plot_results,
-                            read_episodes, results_table, types_table)
-from .trajectory import Table, Task, Trajectory, known
-from .world import normalised_score, spread
-
-# %% ../nbs/24_page.ipynb #ee799a4f
-_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters
-                     "\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-def inert(text: str) -> str:
-    "Text with the characters that would change how the rest is shown written as their codes."
-    return _ACTIVE.sub(lambda m: f"\\u{ord(m[0]):04x}", str(text))
-
-# %% ../nbs/24_page.ipynb #e0bd3951
-def _template():
-    "The page's template, which escapes all that it is given."
-    from jinja2 import Environment, StrictUndefined
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                      finalize=lambda v: type(v)(inert(v)) if isinstance(v, str) else v)
-    return env.from_string((files("exprag") / "assets" / "report.html.jinja").read_text("utf-8"))
-
-# %% ../nbs/24_page.ipynb #0519241b
-def said(results: Results, question: Question) -> str:
-    "What the runs say to the declared question."
-    found = answer(results, question)
-    if found is None: return f"The declared question was not run here: {question}."
-    p = found.shown_p if found.shown_p.startswith(("<", ">")) else f"= {found.shown_p}"
-    text = (f"{question.a} minus {question.b} on {question.on} types: {found.gap.show('+.1f')} "
-            f"points of {question.measure}, p {p}.")
-    low, high = found.gap.low, found.gap.high
-    if not found.unit.enough: return f"{text} Too few independent units for an interval."
-    if low <= 0 <= high: return f"{text} This does not tell them apart."
-    return f"{text} {question.a if low > 0 else question.b} is better."
+from .results import (
+    PRIMARY, SECONDARY, Question, Results, Run, load_results, read_episodes)
+from .trajectory import Table, Task, known
+from .view.pieces import aligned, asked, cell, panel, templates
+from .world import spread
 
 # %% ../nbs/24_page.ipynb #c39fdd48
 def _column(run: Run, several: bool) -> str:
     "What a run is called above its column."
     return f"{run.name}, seed {run.seed}" if several else run.name
 
-# %% ../nbs/24_page.ipynb #591e0d8f
-def _cell(episode: Trajectory | None) -> dict:
-    "An episode in a word: score and steps, and whether it went well."
-    if episode is None: return {"kind": "", "text": ""}
-    score = 100 * normalised_score(episode)
-    kind = "good" if episode.success else "some" if score > 0 else "bad"
-    return {"kind": kind, "text": f"{score:.0f}, {len(episode)}"}
-
-# %% ../nbs/24_page.ipynb #17becaba
-def _rows(several: Sequence[Trajectory | None]) -> list[dict]:
-    "The steps of episodes of one task side by side; the first at which actions differ is marked."
-    rows, parted, there = [], False, [t for t in several if t is not None]
-    for n in range(max(map(len, there), default=0)):
-        steps = [t.steps[n] if t is not None and n < len(t) else None for t in several]
-        actions = {t.steps[n].action if n < len(t) else None for t in there}
-        parts, parted = len(actions) > 1 and not parted, parted or len(actions) > 1
-        rows.append({"number": n + 1, "parts": parts, "cells": steps})
-    return rows
-
-# %% ../nbs/24_page.ipynb #84480419
-def _remembered(episode: Trajectory | None, goals: dict[str, str]) -> str:
-    "What an episode was shown, by its goals where they are known."
-    ids = episode.provenance.get("retrieved", ()) if episode is not None else ()
-    return "\n".join(f"{goals.get(id, 'episode')} ({id[:8]})" for id in ids)
-
-# %% ../nbs/24_page.ipynb #92aebe59
-def _task(task: Task, several: Sequence[Trajectory | None], goals: dict, anchor: str) -> dict:
-    "A task's episodes for the template."
-    one = next(t for t in several if t is not None)
-    remembered = [_remembered(t, goals) for t in several]
-    ends = [f"{t.provenance.get('stop', '')}: {_cell(t)['text']} steps" if t is not None else ""
-            for t in several]
-    return {"anchor": anchor, "name": str(task), "goal": one.goal, "first": one.first_observation,
-            "remembered": remembered if any(remembered) else [], "rows": _rows(several),
-            "endings": ends}
-
-# %% ../nbs/24_page.ipynb #276251f2
-def _figure(results: Results, measure: str) -> str:  # base64 of a PNG
-    "The bars of all conditions."
-    import matplotlib.pyplot as plt
-    ax, out = plot_results(results, measure), io.BytesIO()
-    ax.figure.savefig(out, format="png", dpi=120, bbox_inches="tight")
-    plt.close(ax.figure)
-    return base64.b64encode(out.getvalue()).decode()
-
-# %% ../nbs/24_page.ipynb #1d647e59
+# %% ../nbs/24_page.ipynb #2d927f12
 def _panel(results: Results, question: Question, store, most: int) -> dict:
     "All that the template shows of a panel."
     runs, several = results.runs, len({r.seed for r in results.runs}) > 1
@@ -108,20 +30,15 @@ def _panel(results: Results, question: Question, store, most: int) -> dict:
     tasks = [Task.parse(text) for text in runs[0].config["panel"]["tasks"]]
     chosen = set(spread(tasks, most))
     anchors = {task: f"{runs[0].panel}-{n}" for n, task in enumerate(tasks) if task in chosen}
-    wanted = {id for task in chosen for p in played
-              for id in p[task].provenance.get("retrieved", ())}
+    wanted = {id for task in chosen for p in played for _, ids in asked(p[task]) for id in ids}
     goals = {id: store.get(id).goal for id in wanted if id in store} if store else {}
     others = tuple(q for q in (PRIMARY, *SECONDARY) if q != question)
     return {
-        "name": runs[0].panel, "measure": MEASURES[question.measure], "count": len(tasks),
-        "answer": said(results, question), "columns": [_column(r, several) for r in runs],
-        "tables": [contrast_table(results, question, others),
-                   *(results_table(results, d, seconds=True) for d in results.difficulties),
-                   types_table(results, question.measure), endings_table(results)],
-        "figure": _figure(results, question.measure),
-        "tasks": [{"name": str(t), "anchor": anchors.get(t),
-                   "cells": [_cell(p.get(t)) for p in played]} for t in tasks],
-        "shown": [_task(t, [p.get(t) for p in played], goals, anchors[t])
+        **panel(results, question, others), "name": runs[0].panel, "count": len(tasks),
+        "columns": [_column(r, several) for r in runs],
+        "tasks": [{"name": str(t), "href": f"#{anchors[t]}" if t in anchors else "",
+                   "cells": [cell(p.get(t)) for p in played]} for t in tasks],
+        "shown": [{**aligned(t, [p.get(t) for p in played], goals), "anchor": anchors[t]}
                   for t in tasks if t in chosen]}
 
 # %% ../nbs/24_page.ipynb #4f11137b
@@ -143,7 +60,7 @@ def _facts(runs: Sequence[Run]) -> Table:
               "versions")
     return Table(header, tuple(rows), "What was run.", right=False)
 
-# %% ../nbs/24_page.ipynb #d7829edc
+# %% ../nbs/24_page.ipynb #e44f802f
 def report_page(runs: Sequence[Run],  # complete; of one or more panels
                 title: str = "Report",
                 about: str = "",  # a sentence under the title
@@ -155,7 +72,7 @@ def report_page(runs: Sequence[Run],  # complete; of one or more panels
     "Runs as one self-contained page."
     names = dict.fromkeys(r.panel for r in runs)
     panels = [Results(tuple(r for r in runs if r.panel == name)) for name in names]
-    return _template().render(
+    return templates().get_template("report.html.jinja").render(
         title=title, about=about, panels=[_panel(p, question, store, most) for p in panels],
         facts=[_facts([r for p in panels for r in p.runs]), *facts])
 

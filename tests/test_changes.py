@@ -124,7 +124,6 @@ WRITER = """
 import random, sys
 from test_changes import episode, asks
 import exprag.store
-import exprag.words
 from exprag.memory.hybrid import WordRetriever
 from exprag.store import Store
 exprag.store._SLOW_TO_HASH = 0

@@ -8,9 +8,10 @@ import pytest
 from exprag.agent import Action
 from exprag.cli import main
 from exprag.evaluation import Condition, EvaluationOptions, evaluate
-from exprag.page import _rows, inert, report_page, report_runs, said
+from exprag.page import report_page, report_runs
 from exprag.results import Question, Results, load_results
 from exprag.trajectory import Step, Task, Trajectory
+from exprag.view.pieces import inert, said, step_rows
 from exprag.world import load_panel
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J \u202egnp.exe \ud800 </td></table>{{ 7 * 7 }}"
@@ -73,9 +74,9 @@ def test_the_answer_is_a_sentence(folder):
 def test_rows_mark_a_parting_once_and_an_episode_that_ended_parts_too():
     task = Task("shop", "last-order", "1", "test")
     def told(*actions): return Trajectory(task, "g", "o", tuple(Step(a, "x", 0) for a in actions))
-    rows = _rows([told("a", "b", "c"), None, told("a", "b"), told("a", "d")])
+    rows = step_rows([told("a", "b", "c"), None, told("a", "b"), told("a", "d")])
     assert [r["parts"] for r in rows] == [False, True, False]
-    assert [r["parts"] for r in _rows([told("a", "b"), told("a")])] == [False, True]
+    assert [r["parts"] for r in step_rows([told("a", "b"), told("a")])] == [False, True]
     assert rows[2]["cells"][1:] == [None, None, None]
 
 
