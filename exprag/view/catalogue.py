@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'STATES', 'UNKNOWN', 'MADE_ON_THE_WAY', 'Filters', 'Row', 'Page', 'Catalogue', 'excerpt', 'NotPrepared',
            'Experienced', 'redacted', 'redact']
 
-# %% ../../nbs/view/01_catalogue.ipynb #09bd997b
+# %% ../../nbs/view/01_catalogue.ipynb #ca9e86c2
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from ..select import are_siblings
 from ..store import Store, UnknownTrajectory, author_of
 from ..trajectory import Task, Trajectory, canonical_json, known
 from .pieces import Piece, asked, outcome
+from ..words import text_ids
 
 # %% ../../nbs/view/01_catalogue.ipynb #98fac95b
 OUTCOMES = {"success": 1, "failure": 0, "unknown": None}
@@ -276,12 +277,12 @@ MADE_ON_THE_WAY = 3000  # episodes whose goals are embedded, or whose words are 
 class NotPrepared(ValueError):
     "A search that would first have to read many goals; the message says how."
 
-# %% ../../nbs/view/01_catalogue.ipynb #9c29783b
+# %% ../../nbs/view/01_catalogue.ipynb #f85d9d4c
 @patch
 def check_prepared(self: Catalogue, retriever) -> None:
     "Refuse a retriever that lacks the words or vectors of many goals, or cannot keep them."
     words = isinstance(retriever, WordRetriever)
-    there = (self.store.text_ids(retriever.key) if words else
+    there = (text_ids(self.store, retriever.key) if words else
              self.store.vector_ids(retriever.encoder.name, retriever.key))
     missing = len(self.store) - len(there)
     if missing and words and self.store.read_only:
