@@ -107,7 +107,7 @@ def _contradictions(config: SFTConfig):  # gives texts
 # %% ../nbs/09_samples.ipynb #7694aa89
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a Llama
 
-# %% ../nbs/09_samples.ipynb #be0c7d8b
+# %% ../nbs/09_samples.ipynb #4456b39c
 CONFIGS = {  # by name
     "paper": SFTConfig(),
     "paper-alfworld": SFTConfig(name="paper-alfworld", epochs=9),
@@ -116,8 +116,8 @@ CONFIGS = {  # by name
         schedule="constant_with_warmup", warmup=10, optimizer="adamw_torch", max_steps=120, batch=8,
         window=8, max_length=8192, weights="float32", checkpointing=False, save_steps=25),
     "smollm2": SFTConfig(
-        name="smollm2", r=16, alpha=32, dropout=0.0, targets=LINEAR, lr=2e-3, schedule="linear",
-        warmup=4, optimizer="adamw_torch", epochs=1, batch=4, max_length=8192,
+        name="smollm2", r=16, alpha=32, dropout=0.0, lr=5e-4, schedule="constant_with_warmup",
+        warmup=10, optimizer="adamw_torch", epochs=1, batch=8, max_length=8192,
         weights="float32", checkpointing=False, save_steps=25),
 }
 

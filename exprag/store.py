@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StoreError', 'UnknownTrajectory', 'Store', 'Added', 'conditions']
 
-# %% ../nbs/02_store.ipynb #a9dd08d3
+# %% ../nbs/02_store.ipynb #14c780d8
 import json
 import os
 import sqlite3
@@ -21,8 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from .trajectory import (
-    Task, Trajectory, canonical_json, id_set_hash, thaw, whole_text)
+from .trajectory import Task, Trajectory, canonical_json, id_set_hash, thaw, whole_text
 
 # %% ../nbs/02_store.ipynb #6d134882
 MIGRATIONS = ("""

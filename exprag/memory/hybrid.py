@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RANK_OFFSET', 'Finder', 'WordRetriever', 'FusedRetriever', 'Reranked']
 
-# %% ../../nbs/memory/02_hybrid.ipynb #57fbdbb8
+# %% ../../nbs/memory/02_hybrid.ipynb #83f7045a
 import json
 import sqlite3
 import threading
@@ -20,7 +20,7 @@ from ..query import NAMESPACES_KEPT, TextTooLong, chunks, follow, key_function, 
 from ..store import Store, id_set_hash
 from ..trajectory import Trajectory, whole_text
 from ..views import Cursor, Experience, Hit
-from ..words import match, put_texts, text_ids, word_query
+from ..words import match, put_texts, word_query
 
 # %% ../../nbs/memory/02_hybrid.ipynb #e5a2af45
 class Finder(Protocol):
