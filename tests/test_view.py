@@ -33,7 +33,7 @@ from exprag.select import Every, Memory, Stage, successes_only, top_k
 from exprag.store import Store
 from exprag.trajectory import Step, Task, Trajectory, json_line
 from exprag.view.catalogue import UNKNOWN, Catalogue, Filters, NotPrepared, excerpt, redact
-from exprag.view.pieces import PAGE_STEPS, asked, show_episode
+from exprag.view.pieces import PAGE_STEPS, asked, show_episode, templates
 from exprag.view.runs import RunFolder
 from exprag.view.viewer import Guard, Place, Viewer, application
 from exprag.view.why import Explainer, when_asked
@@ -440,6 +440,8 @@ class TestChange:
         folder, id = shelf[0], made(2).id
         (folder / "s.db").unlink()
         with Store(folder / "s.db") as store: store.add_many(made(n) for n in range(30))
+        for name in templates().list_templates():  # the child may not be able to read the package's folder
+            if name.startswith("pages/"): templates().get_template(name)
         def job():
             client = client_of(folder / "s.db")
             page, question = client.get(f"/episode/{id}"), client.get(f"/episode/{id}/erase")

@@ -30,13 +30,13 @@ def inert(text: str) -> str:
     "Text with the characters that would change how the rest is shown written as their codes."
     return _ACTIVE.sub(lambda m: f"\\u{ord(m[0]):04x}", str(text))
 
-# %% ../../nbs/view/00_pieces.ipynb #79d15b5d
+# %% ../../nbs/view/00_pieces.ipynb #7d91c080
 @cache
 def templates():  # a `jinja2.Environment`
     "The templates of the package, which escape all that they are given."
     from jinja2 import Environment, PackageLoader, StrictUndefined
     return Environment(loader=PackageLoader("exprag", "assets"), autoescape=True, trim_blocks=True,
-                       undefined=StrictUndefined,
+                       undefined=StrictUndefined, auto_reload=False,
                        finalize=lambda v: type(v)(inert(v)) if isinstance(v, str) else v)
 
 # %% ../../nbs/view/00_pieces.ipynb #ff26386e
