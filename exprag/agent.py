@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PolicyError', 'Action', 'Policy', 'ReplayPolicy', 'Limits', 'rollout']
 
-# %% ../nbs/08_agent.ipynb #c1f001d2
+# %% ../nbs/08_agent.ipynb #1b61809c
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 from .prompt import PromptFormat
@@ -218,15 +219,15 @@ def _attempt(episode: Running, call: Callable, *arguments,  # a method of the ep
             episode.env, call, arguments = env_factory(), episode.begin, ()
     episode.seconds += time.perf_counter() - begun
 
-# %% ../nbs/08_agent.ipynb #2a9db66e
+# %% ../nbs/08_agent.ipynb #f78f7b80
 def rollout(policy: Policy,  # what acts
             env_factory: Callable[[], Environment],  # makes a world, for each episode at once
-            tasks: Sequence[Task],  # what to do, in order
+            tasks: Iterable[Task],  # what to do, in order; taken one by one
             memory=None,  # recalls experience, as its `when` says; None: nothing does
             limits: Limits = Limits()
            ) -> Iterator[Trajectory]:
     "Play the tasks in lockstep; each finished episode, as it ends."
-    size, waiting = limits.batch_size or policy.batch_size, list(enumerate(tasks))[::-1]
+    size, waiting = limits.batch_size or policy.batch_size, enumerate(tasks)
     idle, going = [], []
     _check_view(memory, policy)
     policy.reset()
@@ -236,13 +237,13 @@ def rollout(policy: Policy,  # what acts
                 _attempt(e, getattr(e, call), *a, env_factory=env_factory, restarts=limits.restarts)
             list(pool.map(one, episodes, *columns))
         try:
-            while waiting or going:
+            while True:
                 new = []
-                while waiting and len(going) < size:
-                    number, task = waiting.pop()
+                for number, task in islice(waiting, size - len(going)):
                     env = idle.pop() if idle else env_factory()
                     new.append(Running(number, task, env, limits.caps.get(task.type)))
                     going.append(new[-1])
+                if not going: return
                 each(new, "begin")
                 for e in going if memory else (): e.remember(memory, policy)
                 begun = time.perf_counter()

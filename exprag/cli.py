@@ -75,7 +75,7 @@ def _add_demo(commands) -> None:  # what `add_subparsers` gave
     for name, settings in _DEMO_OPTIONS.items(): demo.add_argument(f"--{name}", **settings)
     demo.set_defaults(run=_run_demo)
 
-# %% ../nbs/21_command_line.ipynb #fe15f6ea
+# %% ../nbs/21_command_line.ipynb #5865125e
 def _run_stage(given: argparse.Namespace) -> None:
     "Run a plan up to a stage, or say what that would cost."
     from exprag.page import report_runs
@@ -90,7 +90,8 @@ def _run_stage(given: argparse.Namespace) -> None:
     changes = [f"{key}={value}" for key, value in named.items() if value]
     plan = load_plan(given.plan, [*changes, *given.set])
     place = Place(given.out or Path("runs", plan.name), given.device, given.batch_size,
-                  given.workers, given.threads)
+                  given.workers, given.threads, engine=given.engine, address=given.address,
+                  policies=given.policies)
     if given.dry_run: print(estimate(plan, place)); return
     if given.stage == "report": print(report_stage(plan, place))
     elif text := reproduce(plan, place, given.stage or "report"): print(text)
@@ -105,7 +106,7 @@ def _plans_table():
     rows = [(p.name, p.world, p.model, p.about) for p in map(load_plan, plan_names())]
     return Table(("plan", "world", "model", "what for"), tuple(rows), right=False)
 
-# %% ../nbs/21_command_line.ipynb #8d10e19c
+# %% ../nbs/21_command_line.ipynb #d1d3adc9
 _STAGES = {
     None: ("reproduce", "run a plan: collect, train, evaluate, report"),
     "collect": ("collect", "play a plan's experts into its store"),
@@ -122,6 +123,13 @@ _PLAN_OPTIONS = {
     "device": {"help": "of the acting model, e.g. cuda (default: where there is one)"},
     "batch-size": {"type": int, "default": 8, "help": "episodes at once (default: %(default)s)"},
     "workers": {"type": int, "default": 2, "help": "processes that collect (default: %(default)s)"},
+    "engine": {"choices": ("processes", "ray"), "default": "processes",
+               "help": "what carries the work: this machine, or a Ray cluster (default: "
+                       "%(default)s)"},
+    "address": {"metavar": "HOST:PORT",
+                "help": "of the Ray cluster (default: RAY_ADDRESS, or one started here)"},
+    "policies": {"type": int, "default": 0,
+                 "help": "models of the Ray cluster that act at once (default: one a GPU, or one)"},
     "threads": {"type": int, "default": 2, "help": "of PyTorch (default: %(default)s)"},
     "dry-run": {"action": "store_true",
                 "help": "say what it would cost on this machine, by a short probe; keeps nothing"},

@@ -214,7 +214,7 @@ def _world_config(panel: Panel) -> dict:
             "instruction": world.instruction, "refusals": list(world.refusals),
             "templates": list(world.action_templates(panel.settings))}
 
-# %% ../nbs/14_evaluation.ipynb #3cc47795
+# %% ../nbs/14_evaluation.ipynb #eb1bc8d5
 @dataclass(frozen=True)
 class EvaluationOptions:
     "How a run is carried out; its episodes are the same whatever stands here."
@@ -222,6 +222,7 @@ class EvaluationOptions:
     progress: bool = True  # show a bar
     env_factory: Callable[[], Environment] | None = None  # makes a world; None: the panel's
     recognise: tuple[Trajectory, ...] = ()  # episodes of evaluation folds, for the audit
+    rollout: Callable = rollout  # what plays: this, or `exprag.models.ray_engine.ray_rollout`
 
 # %% ../nbs/14_evaluation.ipynb #d8f52191
 def _record_runtime(folder: Path, policy, limits: Limits) -> None:
@@ -233,7 +234,7 @@ def _record_runtime(folder: Path, policy, limits: Limits) -> None:
         packages += ["torch", "transformers"]
     add_runtime(folder, packages, **facts)
 
-# %% ../nbs/14_evaluation.ipynb #bedadf04
+# %% ../nbs/14_evaluation.ipynb #d9c6354e
 def evaluate(condition: Condition, panel: Panel,
              out_dir,  # where runs live, one directory each
              policy: Policy,  # what acts
@@ -255,7 +256,8 @@ def evaluate(condition: Condition, panel: Panel,
         if todo: _record_runtime(folder, policy, limits)
         with tqdm(total=len(panel), initial=len(file.done), desc=condition.name, unit="episode",
                   disable=not options.progress) as bar:
-            for trajectory in rollout(policy, make, todo, memory, limits) if todo else ():
+            played = options.rollout(policy, make, todo, memory, limits) if todo else ()
+            for trajectory in played:
                 file.append(trajectory)
                 bar.update()
     return Run.read(folder)

@@ -250,7 +250,7 @@ def _next(answers: queue.SimpleQueue):
         try: return answers.get(timeout=1)
         except queue.Empty: pass
 
-# %% ../../nbs/worlds/08_collecting.ipynb #6e3e3344
+# %% ../../nbs/worlds/08_collecting.ipynb #e6beb676
 @dataclass(frozen=True)
 class CollectOptions:
     "How episodes are collected; what is left out is as the worlds' records say."
@@ -263,6 +263,7 @@ class CollectOptions:
     timeout: float = 900.0  # seconds an episode may take before its world is killed
     attempts: int = 3  # worlds that an episode may use up
     progress: bool = True  # show a bar
+    worker: Callable = Worker  # what plays; exprag.models.ray_engine.RayWorker: on a cluster
 
     def __post_init__(self):
         if self.workers < 1:
@@ -303,7 +304,7 @@ def _sink(sink, done: Callable[[Task], bool] | None  # -> what keeps, what knows
         )
     return keep, done or getattr(sink, "has_task", lambda task: False)
 
-# %% ../../nbs/worlds/08_collecting.ipynb #d2e95867
+# %% ../../nbs/worlds/08_collecting.ipynb #0bcaa835
 def collect(tasks: Iterable[Task],  # of any worlds; each is played once
             sink,  # a store, or a function; called in this thread, in no fixed order
             options: CollectOptions = CollectOptions()
@@ -317,7 +318,7 @@ def collect(tasks: Iterable[Task],  # of any worlds; each is played once
     player = packed(Player(_players(names, options), options.settings))
     failures = options.run is not None if options.failures is None else options.failures
     schedule, answers, kept, restarted, failed = Schedule(wanted), queue.SimpleQueue(), 0, 0, []
-    workers = [Worker(player) for _ in range(min(options.workers, len(wanted)))]
+    workers = [options.worker(player) for _ in range(min(options.workers, len(wanted)))]
     rest = schedule, answers, options.timeout, options.attempts
     threads = [threading.Thread(target=_drive, args=(w, *rest), daemon=True) for w in workers]
     bar = tqdm(total=len(tasks), initial=skipped, desc="episodes", disable=not options.progress)
