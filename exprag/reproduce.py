@@ -48,7 +48,7 @@ from .views import Experience, TokenCount
 from .world import Panel, load_object, load_world, spread
 from .worlds.collecting import CollectOptions, CollectReport, Worker, collect
 
-# %% ../nbs/23_reproduce.ipynb #b1005e26
+# %% ../nbs/23_reproduce.ipynb #7cc56477
 ENGINES = ("processes", "ray")
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Place:
     address: str | None = None  # of the cluster; None: RAY_ADDRESS, or one that is started here
     policies: int = 0  # of the cluster that act at once; 0: one a GPU, or one
 
-    def __post_init__(self): known(self.engine, ENGINES, "engine")
+    def __post_init__(self):
+        known(self.engine, ENGINES, "engine")
+        if self.engine != "ray" and (self.address or self.policies):
+            raise ValueError("an address and a number of policies are for engine='ray'")
 
 # %% ../nbs/23_reproduce.ipynb #6f660f49
 def _model(plan: Plan) -> str:  # a folder, or a name on the hub
@@ -403,12 +406,12 @@ def _probe_samples(plan: Plan, episodes: Sequence[Trajectory]) -> dict[str, list
     others = [*episodes[-1:], *episodes[:-1]]
     return {"lora": alone, "exprag-lora": list(map(longer, alone, episodes, others))}
 
-# %% ../nbs/23_reproduce.ipynb #9539a35e
+# %% ../nbs/23_reproduce.ipynb #a2882d35
 def estimate(plan: Plan, place: Place) -> Table:
     "What a plan will cost on this machine, by a short probe; nothing is trained or kept."
     import torch
     torch.set_num_threads(place.threads)
-    place = replace(place, engine="processes")  # the probe is of this machine
+    place = replace(place, engine="processes", address=None, policies=0)  # a probe plays here
     episodes, count, each = _some_episodes(plan, place)
     if not episodes: raise PlanError("the expert solved no probed task; see collect.expert")
     samples, several = _probe_samples(plan, episodes), variants(plan)

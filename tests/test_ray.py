@@ -19,7 +19,8 @@ from exprag.models import ray_engine
 from exprag.models.ray_engine import RayPolicy, RayWorker, RayWorld, Remote, connect, ray_rollout
 from exprag.results import read_episodes
 from exprag.store import Store
-from exprag.world import SimulatorError, play
+from exprag.trajectory import Task
+from exprag.world import SimulatorError
 from exprag.worlds.collecting import CollectError, CollectOptions, CollectReport, collect
 from exprag.worlds.shop import ShopEnv, shop_expert, shop_tasks
 
@@ -150,8 +151,10 @@ def test_a_rollout_that_is_left_ends_its_threads_and_worlds(nodes, tmp_path):
 
 def test_the_exceptions_of_a_world_come_back_as_they_are(nodes):
     env = RayWorld(ShopEnv)
+    assert env.reset(TASKS[0])[1]["task"] == TASKS[0] and env.world_version == "1"
+    for _ in range(10): assert env.step("tables")[0]
     with pytest.raises(RuntimeError, match="^the episode is over, or none was begun: call reset"): env.step("tables")
-    with pytest.raises(ValueError): play(env, TASKS[0].__class__("shop", "no such question", 0, "train"), ["tables"])
+    with pytest.raises(ValueError, match="^unknown question 'no such question'"): env.reset(Task("shop", "no such question", 0, "train"))
     env.close()
     with pytest.raises(SimulatorError, match="it was stopped"): env.step("tables")
 
@@ -178,6 +181,7 @@ def test_a_node_that_goes_costs_the_work_on_it(nodes, tmp_path):
 
 
 def test_a_node_that_goes_in_the_middle_of_an_evaluation(nodes, tmp_path, plain):
+    "Two policies on the two nodes left, then one node: one policy waits until the other has played all that it can."
     policy = RayPolicy(partial(Scripted, tmp_path, 0.3), 2)
     played_now = iter(ray_rollout(policy, ShopEnv, panel().tasks, None, Limits(panel().caps)))
     made = [next(played_now)]
@@ -231,7 +235,7 @@ def test_the_commands_make_the_same_store_and_runs(nodes, tmp_path):
     "With the real model, two copies of it, and a memory."
     few = ["collect.easy=2", "collect.hard=1", "evaluate.conditions=['zero-shot', 'ExpRAG (frozen)']", "evaluate.per_type=1", "evaluate.max_new_tokens=8"]
     for engine in ("processes", "ray"):
-        command = ["evaluate", "quick-shop", "--out", str(tmp_path / engine), "--engine", engine, "--threads", "1", "--policies", "2", "--batch-size", "2"]
+        command = ["evaluate", "quick-shop", "--out", str(tmp_path / engine), "--engine", engine, "--threads", "1", "--batch-size", "2", *["--policies", "2"] * (engine == "ray")]
         code = "import sys; from exprag.cli import main; sys.exit(main())"
         done = subprocess.run([sys.executable, "-c", code, *command, *(part for text in few for part in ("--set", text))], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

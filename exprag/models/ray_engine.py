@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACE_SECONDS', 'LOSSES', 'connect', 'Remote', 'RayWorker', 'RayWorld', 'RayPolicy', 'ray_rollout']
 
-# %% ../../nbs/models/12_ray.ipynb #4b259bfb
+# %% ../../nbs/models/12_ray.ipynb #1c1ce510
 import math
 import os
 import queue
@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..agent import Action, Limits, PolicyError, rollout
 from ..trajectory import Task, Trajectory
 from ..views import Experience
 from ..world import _REGISTERED, Environment, SimulatorError, World, register_world
-from ..worlds.collecting import WorkerDied, _answer, _next, _unpacked
+from ..worlds.collecting import WorkerDied, _answer, _unpacked
 
 # %% ../../nbs/models/12_ray.ipynb #9c0f19ad
 def connect(address: str | None = None  # of a cluster, as 'host:port'; None: RAY_ADDRESS, or a new
@@ -52,14 +53,14 @@ def _environment(address: str | None) -> dict[str, str]:
     if address: return wanted
     return {**wanted, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-# %% ../../nbs/models/12_ray.ipynb #cafcf884
+# %% ../../nbs/models/12_ray.ipynb #9eb88e90
 PLACE_SECONDS = 300.0  # how long no node may be big enough: a cluster that grows takes minutes
 
 class Remote:
     "An object of a class in an actor; lost, the next call has a new one."
     def __init__(self, cls, *arguments, cpus: float = 1, gpus: float = 0):
         self.make, self.needs = (cls, arguments), {"CPU": cpus, "GPU": gpus}
-        self.actor, self.closed, self.lock = None, False, threading.Lock()
+        self.actor, self.closed, self.waiting, self.lock = None, False, False, threading.Lock()
 
     def call(self, method: str, *arguments, timeout: float | None = None):  # seconds
         "The answer of a method; `WorkerDied` if there is none."
@@ -89,8 +90,8 @@ class Remote:
         if ray.is_initialized(): ray.kill(actor)
 
     def _start(self):
-        import ray
         connect()
+        import ray
         cls, arguments = self.make
         made = ray.remote(cls).options(
             num_cpus=self.needs["CPU"], num_gpus=self.needs["GPU"], max_restarts=0,
@@ -100,13 +101,16 @@ class Remote:
     def _wait_for_room(self, actor) -> None:
         import ray
         ready, began = actor.__ray_ready__.remote(), time.monotonic()
-        while not ray.wait([ready], timeout=5)[0]:
-            if any(_fits(node, self.needs) for node in ray.nodes()): began = time.monotonic()
-            if time.monotonic() - began < PLACE_SECONDS: continue
-            self.kill()
-            raise RuntimeError(f"no node of the Ray cluster has what an actor needs, {self.needs}; "
-                               f"all together have {ray.cluster_resources()}")
-        ray.get(ready)
+        self.waiting = True
+        try:
+            while not ray.wait([ready], timeout=5)[0]:
+                if any(_fits(node, self.needs) for node in ray.nodes()): began = time.monotonic()
+                if time.monotonic() - began < PLACE_SECONDS: continue
+                self.kill()
+                raise RuntimeError(f"no node of the Ray cluster has what an actor needs, "
+                                   f"{self.needs}; all together have {ray.cluster_resources()}")
+            ray.get(ready)
+        finally: self.waiting = False
 
 # %% ../../nbs/models/12_ray.ipynb #4398262a
 def _fits(node: Mapping,  # as `ray.nodes` gives it
@@ -172,12 +176,14 @@ class RayWorld(Remote):
         try: return self.call(method, *arguments)
         except WorkerDied as error: raise SimulatorError(str(error)) from error
 
-# %% ../../nbs/models/12_ray.ipynb #7e60f0ba
+# %% ../../nbs/models/12_ray.ipynb #82bb9cc1
 class _Policy:
     "In the actor: a policy, made at the first call, and the adapter that was last asked for."
     def __init__(self, make: Callable, worlds: Sequence[World]):  # those of the driver's own
         self.make, self.base, self.made = make, None, {}
         for world in worlds: register_world(world)
+
+    def pid(self) -> int: return os.getpid()  # for those who want to end it
 
     def facts(self, adapter: tuple = ()) -> dict:
         "What the driver must know of the policy."
@@ -202,7 +208,7 @@ class _Policy:
             self.made = {adapter: made}
         return self.made[adapter]
 
-# %% ../../nbs/models/12_ray.ipynb #ab723e0d
+# %% ../../nbs/models/12_ray.ipynb #f2f58fe1
 LOSSES = 3  # actors that may be lost in one call of a policy
 
 class RayPolicy:
@@ -211,8 +217,9 @@ class RayPolicy:
                  copies: int = 0,  # actors; 0: one a GPU, or one
                  cpus: float = 1,  # that an actor takes
                  gpus: float | None = None):  # None: one, where the cluster has any
-        import ray
+        if copies < 0: raise PolicyError(f"copies is {copies}: expected 1 or more, or 0")
         connect()
+        import ray
         there = ray.cluster_resources().get("GPU", 0)
         gpus = min(1, there) if gpus is None else gpus
         copies, worlds = copies or max(1, int(there / (gpus or math.inf))), tuple(_REGISTERED.values())
@@ -279,17 +286,22 @@ def _dealt(tasks: deque) -> Iterator[Task]:
         try: yield tasks.popleft()
         except IndexError: return
 
-# %% ../../nbs/models/12_ray.ipynb #f4f831b5
-def _play(policy, env_factory: Callable, tasks: deque, memory, limits: Limits,
+# %% ../../nbs/models/12_ray.ipynb #ed80c7f1
+def _play(policy: "RayPolicy", env_factory: Callable, tasks: deque, memory, limits: Limits,
           done: queue.SimpleQueue) -> None:
-    "Put a rollout's episodes into a queue, then None; or the exception that ended it."
+    "Put a rollout's episodes into a queue, then its policy; or the exception that ended it."
     try:
         for trajectory in rollout(policy, env_factory, _dealt(tasks), memory, limits):
             done.put(trajectory)
-        done.put(None)
+        done.put(policy)
     except BaseException as error: done.put(error)
 
-# %% ../../nbs/models/12_ray.ipynb #58f83224
+# %% ../../nbs/models/12_ray.ipynb #b4500ebd
+def _make_room(free: list["RayPolicy"], copies: Sequence["RayPolicy"]) -> None:
+    "Give an actor that has nothing left to do to a copy that waits for room."
+    if free and any(copy.actors[0].waiting for copy in copies): free.pop().actors[0].kill()
+
+# %% ../../nbs/models/12_ray.ipynb #27b91257
 def ray_rollout(policy,  # a `RayPolicy`; any other policy has a rollout of its own
                 env_factory: Callable[[], Environment],  # of a world in this process
                 tasks: Sequence[Task],  # what to do
@@ -297,21 +309,29 @@ def ray_rollout(policy,  # a `RayPolicy`; any other policy has a rollout of its 
                 limits: Limits = Limits()  # its `batch_size` holds for each copy
                ) -> Iterator[Trajectory]:
     "As `rollout`, with worlds in actors and the tasks dealt to the copies of the policy."
+    make = partial(RayWorld, env_factory)
+    if not isinstance(policy, RayPolicy):
+        yield from rollout(policy, make, tasks, memory, limits)
+        return
     stopped, done, waiting = threading.Event(), queue.SimpleQueue(), deque(tasks)
-    copies = policy.copies(stopped) if isinstance(policy, RayPolicy) else [policy]
-    share = math.ceil(len(waiting) / len(copies))
-    limits = replace(limits, batch_size=max(1, min(limits.batch_size or policy.batch_size, share)))
-    rest = (lambda: RayWorld(env_factory), waiting, memory and _InTurn(memory), limits, done)
+    copies, size = policy.copies(stopped), limits.batch_size or policy.batch_size
+    share = max(1, math.ceil(len(waiting) / len(copies)))  # so that every copy has some
+    rest = (make, waiting, memory and _InTurn(memory), replace(limits, batch_size=min(size, share)),
+            done)
     threads = [threading.Thread(target=_play, args=(p, *rest), daemon=True) for p in copies]
+    free, playing = [], len(copies)
     for thread in threads: thread.start()
     try:
-        playing = len(threads)
         while playing:
-            said = _next(done)
+            _make_room(free, copies)
+            try: said = done.get(timeout=1)
+            except queue.Empty: continue
             if isinstance(said, BaseException): raise said
-            if said is None: playing -= 1
-            else: yield said
+            if not isinstance(said, RayPolicy): yield said
+            else: free, playing = [*free, said], playing - 1
     finally:
         stopped.set()
         waiting.clear()
+        for actor in policy.actors:
+            if actor.waiting: actor.kill()
         for thread in threads: thread.join()
