@@ -26,7 +26,7 @@ from ..views import Experience
 from ..world import _REGISTERED, Environment, SimulatorError, World, register_world
 from ..worlds.collecting import WorkerDied, _answer, _unpacked
 
-# %% ../../nbs/models/12_ray.ipynb #9c0f19ad
+# %% ../../nbs/models/12_ray.ipynb #5ee7449e
 def connect(address: str | None = None  # of a cluster, as 'host:port'; None: RAY_ADDRESS, or a new
             # one on this machine
            ) -> None:
@@ -35,8 +35,8 @@ def connect(address: str | None = None  # of a cluster, as 'host:port'; None: RA
     if ray and ray.is_initialized(): return
     wanted = _environment(address)
     if ray and (late := sorted(wanted.keys() - os.environ.keys())):
-        raise RuntimeError(f"Ray was imported before {', '.join(late)} could be set, which it reads "
-                           "then: call `connect` before anything imports ray")
+        raise RuntimeError(f"Ray was imported before {', '.join(late)} could be set, which it "
+                           "reads then: call `connect` before anything imports ray")
     os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
     try: import ray
     except ImportError as error:
@@ -53,12 +53,13 @@ def _environment(address: str | None) -> dict[str, str]:
     if address: return wanted
     return {**wanted, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-# %% ../../nbs/models/12_ray.ipynb #9eb88e90
+# %% ../../nbs/models/12_ray.ipynb #ecf8c335
 PLACE_SECONDS = 300.0  # how long no node may be big enough: a cluster that grows takes minutes
 
 class Remote:
     "An object of a class in an actor; lost, the next call has a new one."
     def __init__(self, cls, *arguments, cpus: float = 1, gpus: float = 0):
+        connect()  # here, since Ray wants it done in the main thread
         self.make, self.needs = (cls, arguments), {"CPU": cpus, "GPU": gpus}
         self.actor, self.closed, self.waiting, self.lock = None, False, False, threading.Lock()
 
@@ -90,7 +91,6 @@ class Remote:
         if ray.is_initialized(): ray.kill(actor)
 
     def _start(self):
-        connect()
         import ray
         cls, arguments = self.make
         made = ray.remote(cls).options(
@@ -208,7 +208,7 @@ class _Policy:
             self.made = {adapter: made}
         return self.made[adapter]
 
-# %% ../../nbs/models/12_ray.ipynb #f2f58fe1
+# %% ../../nbs/models/12_ray.ipynb #f55dcb57
 LOSSES = 3  # actors that may be lost in one call of a policy
 
 class RayPolicy:
@@ -222,8 +222,9 @@ class RayPolicy:
         import ray
         there = ray.cluster_resources().get("GPU", 0)
         gpus = min(1, there) if gpus is None else gpus
-        copies, worlds = copies or max(1, int(there / (gpus or math.inf))), tuple(_REGISTERED.values())
-        self.actors = [Remote(_Policy, make, worlds, cpus=cpus, gpus=gpus) for _ in range(copies)]
+        copies = copies or max(1, int(there / (gpus or math.inf)))
+        parts = make, tuple(_REGISTERED.values())
+        self.actors = [Remote(_Policy, *parts, cpus=cpus, gpus=gpus) for _ in range(copies)]
         self.stopped, self.adapter = threading.Event(), ()
         self._learn()
 
