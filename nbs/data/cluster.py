@@ -7,7 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from exprag.agent import Limits, rollout
+from exprag.agent import rollout
 from exprag.models.local import HFPolicy
 from exprag.models.ray_engine import RayPolicy, RayWorker, Remote, connect, ray_rollout
 from exprag.worlds.collecting import CollectOptions, Player, collect, packed
@@ -50,15 +50,15 @@ def several_workers(seconds: float, episodes: int, rounds: int = 2) -> dict:
 
 
 def acting(episodes: int, rounds: int = 2) -> dict:
-    "nano answers the shop's questions in this process and in an actor, in turn."
-    make = partial(HFPolicy.from_pretrained, "nano", max_new_tokens=16, batch_size=episodes)
-    ways = {"plain": (make(), rollout), "ray": (RayPolicy(make, 1), ray_rollout)}
+    "nano answers the shop's questions: all in this process, the policy in an actor, the worlds as well (with their start)."
+    make = partial(HFPolicy.from_pretrained, "nano", max_new_tokens=48, batch_size=4)
+    here, there = make(), RayPolicy(make, 1)
+    ways = {"plain": (here, rollout), "policy": (there, rollout), "worlds": (there, ray_rollout)}
     spent, ids, tasks = dict.fromkeys(ways, 0.0), [], shop_tasks("test")[:episodes]
-    limits = Limits({t.type: 4 for t in tasks})
     for _ in range(rounds):
         for name, (policy, play) in ways.items():
             made = []
-            spent[name] += clocked(lambda: made.extend(play(policy, ShopEnv, tasks, None, limits)))
+            spent[name] += clocked(lambda: made.extend(play(policy, ShopEnv, tasks)))
             ids.append(sorted(t.id for t in made))
     assert all(some == ids[0] for some in ids)
     return {"episodes": episodes * rounds, **{k: round(v, 2) for k, v in spent.items()}}
@@ -73,6 +73,6 @@ def calls(count: int = 100) -> dict:
 
 if __name__ == "__main__":
     connect()
-    made = {"call": calls(), "one worker": [one_worker(0.0, 24), one_worker(1.0, 12)], "workers": several_workers(1.0, 12), "acting": acting(4)}
+    made = {"call": calls(), "one worker": [one_worker(0.0, 24), one_worker(1.0, 12)], "workers": several_workers(1.0, 12), "acting": acting(24)}
     Path(__file__).with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
     print(json.dumps(made, indent=1))
