@@ -6,10 +6,11 @@
 __all__ = ['STAGES', 'Place', 'store_path', 'collect_stage', 'demonstrations', 'training_samples', 'train_stage',
            'evaluate_stage', 'report_folder', 'keep_runs', 'report_stage', 'training_table', 'estimate', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #45a2d9c6
+# %% ../nbs/23_reproduce.ipynb #79039436
 import gc
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -105,6 +106,21 @@ def collect_stage(plan: Plan, place: Place) -> Store:  # open; to be closed
         write_json(path, {str(task): why for task, why in report.failed})
         print(f"{len(report.failed)} of {len(tasks)} tasks have no episode; {path} says why")
     return store
+
+# %% ../nbs/23_reproduce.ipynb #4d2ae96f
+def _collected(plan: Plan, place: Place, until: str) -> Store:  # open; to be closed
+    "The store of a plan that several processes train together; PlanError if that cannot be."
+    if until != "train":
+        raise PlanError(f"{os.environ['WORLD_SIZE']} processes can share training and nothing else: "
+                        "start `exprag train` with them, and every other command once")
+    place.folder.mkdir(parents=True, exist_ok=True)
+    store, out = Store(store_path(plan, place)), place.folder / "left-out.json"
+    excused = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    lacking = [t for t in collect_tasks(plan) if not store.has_task(t) and str(t) not in excused]
+    if not lacking: return store
+    store.close()
+    raise PlanError(f"{store.path} lacks {len(lacking)} episodes of the plan, and one process "
+                    f"collects: run `exprag collect {plan.name}` first, with the same options")
 
 # %% ../nbs/23_reproduce.ipynb #3c35c95d
 def _retrievers(plan: Plan, store: Store) -> Callable[[str], Retriever]:  # of a rule's name
@@ -423,7 +439,7 @@ def _estimate_table(plan: Plan, stages: Mapping[str, tuple[str, float]]) -> Tabl
                "caps, so at most.")
     return Table(("stage", "what", "hours"), tuple(rows), caption, right=False)
 
-# %% ../nbs/23_reproduce.ipynb #778e26c7
+# %% ../nbs/23_reproduce.ipynb #a2b82660
 STAGES = ("collect", "train", "evaluate", "report")
 
 def reproduce(plan: Plan, place: Place, until: str = "report") -> str | None:  # the report
@@ -432,7 +448,8 @@ def reproduce(plan: Plan, place: Place, until: str = "report") -> str | None:  #
     torch.set_num_threads(place.threads)
     if until == "report" and (report_folder(plan, place) / "runs.json").exists():
         return report_stage(plan, place)
-    with collect_stage(plan, place) as store:
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    with _collected(plan, place, until) if several else collect_stage(plan, place) as store:
         if until == "collect": return None
         reports = train_stage(plan, place, store)
         if until == "train": return None
