@@ -107,12 +107,12 @@ def collect_stage(plan: Plan, place: Place) -> Store:  # open; to be closed
         print(f"{len(report.failed)} of {len(tasks)} tasks have no episode; {path} says why")
     return store
 
-# %% ../nbs/23_reproduce.ipynb #4d2ae96f
+# %% ../nbs/23_reproduce.ipynb #51251135
 def _collected(plan: Plan, place: Place, until: str) -> Store:  # open; to be closed
     "The store of a plan that several processes train together; PlanError if that cannot be."
     if until != "train":
-        raise PlanError(f"{os.environ['WORLD_SIZE']} processes can share training and nothing else: "
-                        "start `exprag train` with them, and every other command once")
+        raise PlanError(f"{os.environ['WORLD_SIZE']} processes can share training and nothing "
+                        "else: start `exprag train` with them, and every other command once")
     place.folder.mkdir(parents=True, exist_ok=True)
     store, out = Store(store_path(plan, place)), place.folder / "left-out.json"
     excused = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}

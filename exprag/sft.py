@@ -51,7 +51,7 @@ def four_bits(dtype: str = "bfloat16",  # of the products
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype))}
 
-# %% ../nbs/10_sft.ipynb #dc916cd5
+# %% ../nbs/10_sft.ipynb #d98ba10b
 def load_base(place: str,  # a folder, or a name on the Hugging Face hub
               dtype: str,  # of the weights, such as 'float32'; 'nf4' is `four_bits`
               **more):  # further arguments of `from_pretrained`
@@ -65,6 +65,9 @@ def load_base(place: str,  # a folder, or a name on the Hugging Face hub
         if not torch.cuda.is_available() or not find_spec("bitsandbytes"):
             raise ValueError("weights='nf4' needs an NVIDIA GPU and the package bitsandbytes (pip "
                              "install bitsandbytes): set weights='bfloat16' or 'float32' here")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError("FSDP does not shard weights='nf4': start with torchrun, or set "
+                             "weights='bfloat16'")
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a machine has a GPU
         dtype, more = "bfloat16", {**four_bits(device=own), **more}
     kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
