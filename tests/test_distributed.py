@@ -161,6 +161,15 @@ def test_four_bits_are_not_sharded_and_say_so(model, monkeypatch):
     with pytest.raises(ValueError, match="FSDP does not shard weights='nf4': start with torchrun"): prepare_model(model, replace(CONFIG, weights="nf4"))
 
 
+def test_the_commands_of_the_chapter_name_settings_that_there_are():
+    from exprag.plans import load_plan, sft_config
+    four = load_plan("paper-scienceworld", ["train.change.weights=nf4", "loading.four_bit=true"])
+    sharded = load_plan("paper-scienceworld", ["train.change.optimizer=adamw_torch"])
+    assert sft_config(four, 1).weights == "nf4" and four.loading["four_bit"] is True
+    config = sft_config(sharded, 1)
+    assert config.optimizer == "adamw_torch" and config.batch // config.micro_batch % 8 == 0, "eight processes share a step"
+
+
 def test_several_processes_share_training_and_nothing_else(tmp_path, monkeypatch):
     from exprag.plans import PlanError, load_plan
     from exprag.reproduce import Place, collect_stage, reproduce
