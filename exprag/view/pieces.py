@@ -217,7 +217,7 @@ def _png(figure) -> str:  # base64
     figure.savefig(out, format="png", dpi=120, bbox_inches="tight")
     return base64.b64encode(out.getvalue()).decode()
 
-# %% ../../nbs/view/00_pieces.ipynb #995037ba
+# %% ../../nbs/view/00_pieces.ipynb #7d81129e
 def panel(results: Results, question: Question, others: Sequence[Question] = ()) -> dict:
     "The answer, the tables and the figures of a panel, for the macro `panel`."
     from matplotlib.figure import Figure
@@ -226,8 +226,8 @@ def panel(results: Results, question: Question, others: Sequence[Question] = ())
     bars, lines = Figure(figsize=(6.5, 0.6 + 0.35 * len(results.names) * count)), None
     plot_results(results, question.measure, ax=bars.subplots())
     if words := curves_said(results):
-        lines = {"said": words, "table": curves_table(results),
-                 "figure": _png(plot_curves(results, figure=Figure(figsize=(3.3 * count + 3.3, 3))))}
+        figure = plot_curves(results, figure=Figure(figsize=(3.3 * count + 3.3, 3)))
+        lines = {"said": words, "table": curves_table(results), "figure": _png(figure)}
     return {"answer": said(results, question), "measure": MEASURES[question.measure],
             "tables": [contrast_table(results, question, others), *parts,
                        types_table(results, question.measure), endings_table(results)],

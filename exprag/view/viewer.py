@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'Guard', 'Viewer', 'application', 'serve']
 
-# %% ../../nbs/view/04_viewer.ipynb #4eda29fd
+# %% ../../nbs/view/04_viewer.ipynb #a7effef5
 import mmap
 import os
 import secrets
@@ -32,8 +32,7 @@ from ..store import Store, StoreError, UnknownTrajectory, author_of
 from ..trajectory import Table, Trajectory, known
 from .catalogue import (
     OUTCOMES, STATES, Catalogue, Experienced, Filters, Row, redact, redacted)
-from .pieces import (
-    PAGE_STEPS, aligned, episode, outcome, remembered, templates)
+from .pieces import PAGE_STEPS, aligned, episode, outcome, remembered, templates
 from .runs import PanelNow, RunFolder
 from .why import Explainer, when_asked
 
@@ -247,7 +246,7 @@ _DONE = {"erased": "Erased: the episode, all that was derived from it, and its b
          "shut-out": "Shut out: no memory shows this episode until it is let in again.",
          "let-in": "Let in: memories may show this episode again."}
 
-# %% ../../nbs/view/04_viewer.ipynb #89f09c72
+# %% ../../nbs/view/04_viewer.ipynb #312b3ae8
 @patch
 def _episode(self: Viewer, request: Request, t: Trajectory, base: str, ways: list,
              facts: Sequence, **more) -> Response:
@@ -261,8 +260,7 @@ def _episode(self: Viewer, request: Request, t: Trajectory, base: str, ways: lis
     if first: turns.append(("Earlier steps", f"{base}?first={max(0, first - PAGE_STEPS)}#steps"))
     if first + PAGE_STEPS < last:
         turns.append(("Later steps", f"{base}?first={first + PAGE_STEPS}#steps"))
-    if last: ways = [("How it ended", f"{base}?first={end}#step-{last}" if end else
-                      f"#step-{last}"), *ways]
+    if last: ways = [("How it ended", f"{base}?first={end}" * bool(end) + f"#step-{last}"), *ways]
     why = (lambda at: f"{base}/why?at={at}") if self.explainer else None
     if kind == "none": facts = [*facts, ("memory", "none: it was given no memory")]
     elif not asks:
@@ -286,7 +284,7 @@ def one(self: Viewer, request: Request) -> Response:
     return self._episode(request, t, _at(id), ways, facts, seen=self._seen(t, seen, bool(shut)),
                          shut_out=shut, done=_DONE.get(q.get("done"), ""))
 
-# %% ../../nbs/view/04_viewer.ipynb #2184f786
+# %% ../../nbs/view/04_viewer.ipynb #e9e27f37
 @patch
 def _seen(self: Viewer, t: Trajectory, seen: Experienced, shut: bool) -> dict:
     "What came of an episode as experience, for the template."
@@ -302,9 +300,8 @@ def _seen(self: Viewer, t: Trajectory, seen: Experienced, shut: bool) -> dict:
              f"/runs/{m}/{n}/{panel.columns.index(name)}")
             for m, panel in enumerate(self._all_panels()) for name, n, e in panel.show_to(id)]
     good = sum(how["text"] == "success" for _, how, _ in runs)
-    actions = [("Redact", _at(id, "redact"), ""), ("Erase", _at(id, "erase"), "danger")]
-    actions.insert(0, ("Let in", _at(id, "let-in"), "") if shut else
-                   ("Shut out", _at(id, "shut-out"), ""))
+    actions = [(name, _at(id, name.lower().replace(" ", "-")), "danger" * (name == "Erase"))
+               for name in ("Let in" if shut else "Shut out", "Redact", "Erase")]
     lists = [("Stored episodes that were shown it", seen.readers),
              ("Other attempts at this task", seen.attempts),
              ("Siblings: other tasks with this goal", seen.siblings)]
@@ -316,18 +313,13 @@ def _seen(self: Viewer, t: Trajectory, seen: Experienced, shut: bool) -> dict:
             "tables": [t for t in tables if t.rows], "actions": actions, "more": more,
             "runs": runs[:200], "counts": f"{len(runs):,}, of which {good:,} succeeded"}
 
-# %% ../../nbs/view/04_viewer.ipynb #1b4c715d
-def ending(t: Trajectory) -> str:
-    "How an episode ended, in a word."
-    return {True: "success", False: "failure", None: "unknown"}[t.success]
-
-# %% ../../nbs/view/04_viewer.ipynb #28b0230c
+# %% ../../nbs/view/04_viewer.ipynb #5c1125e1
 @patch
 def beside(self: Viewer, request: Request) -> Response:
     "Two episodes of the store, step by step."
     two = [self.place.store.get(self.catalogue.find(request.path_params[name]))
            for name in ("id", "other")]
-    names = [f"{t.id[:8]}: {ending(t)}" for t in two]
+    names = [f"{t.id[:8]}: {outcome(t.success, t.score)['text']}" for t in two]
     ids = [id for t in two for _, ids in when_asked(t, self.place.store) for id in ids]
     return self.shown("beside", two[0].goal, it=aligned(two[0].task, two, self.goals(ids)),
                       columns=names, link=_at, turns=[], live=None,
