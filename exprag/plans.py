@@ -154,15 +154,16 @@ def _frozen(value):
     if isinstance(value, Mapping): return FrozenMap({k: _frozen(v) for k, v in value.items()})
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/22_plans.ipynb #99d19764
+# %% ../nbs/22_plans.ipynb #bf6a1aa6
 @dataclass(frozen=True)
 class Variant:
     "A condition as it is run: its settings, its view, and the epoch of its adapter."
     condition: Condition
     view: str
     epoch: int = 0  # of the adapter; 0: the last
+    of: str = ""  # what it is called without the epoch
 
-# %% ../nbs/22_plans.ipynb #56999114
+# %% ../nbs/22_plans.ipynb #f90100bc
 VARIED = ("k", "when", "composition", "outcomes", "view", "epoch")
 
 def _variant(plan: Plan, name: str, seed: int, changes: Mapping) -> Variant:
@@ -172,13 +173,14 @@ def _variant(plan: Plan, name: str, seed: int, changes: Mapping) -> Variant:
     base = dict(k=k, when=m.when, composition=m.composition, outcomes=m.outcomes, view=m.view,
                 epoch=0)
     differs = [key for key in VARIED if key in changes and changes[key] != base[key]]
-    label = ", ".join([name, *(f"{key}={changes[key]}" for key in differs)])
+    def called(keys): return ", ".join([name, *(f"{key}={changes[key]}" for key in keys)])
     now = {**base, **changes}
     view, epoch = now.pop("view"), now.pop("epoch")
     none = named.memory == "none" or not now["k"]
     if none:
         now = {"k": k, "when": "once", "memory": "none", "composition": "matched"}
-    return Variant(replace(named, name=label, seed=seed, **now), view, epoch)
+    return Variant(replace(named, name=called(differs), seed=seed, **now), view, epoch,
+                   called(key for key in differs if key != "epoch"))
 
 # %% ../nbs/22_plans.ipynb #e0b6abda
 def variants(plan: Plan) -> list[Variant]:

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'Place', 'store_path', 'collect_stage', 'demonstrations', 'training_samples', 'train_stage',
            'evaluate_stage', 'report_folder', 'keep_runs', 'report_stage', 'training_table', 'estimate', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #79039436
+# %% ../nbs/23_reproduce.ipynb #7bc8a489
 import gc
 import json
 import math
@@ -23,6 +23,7 @@ import numpy as np
 from .agent import ReplayPolicy
 from .audit import Manifest
 from .combined import Variation, check_aligned, equal_budget, retrieve_for_training
+from .curves import EpochNote, curves_table, epoch_loss, plot_curves
 from .evaluation import EvaluationOptions, condition, evaluate, memory_for
 from .models.loading import find_model
 from .models.local import HFPolicy, PolicyOptions
@@ -224,7 +225,15 @@ def _adapter(one: Variant, reports: Mapping) -> tuple[Path | None, Manifest | No
                         "train.change.keep_epochs")
     return kept[one.epoch], report.manifest
 
-# %% ../nbs/23_reproduce.ipynb #366bd3ea
+# %% ../nbs/23_reproduce.ipynb #1f5ee953
+def _epoch_note(one: Variant, reports: Mapping) -> EpochNote | None:  # None: of no whole epoch
+    "Which epoch the adapter of a condition is from."
+    report = reports.get((one.condition.adapter, one.condition.seed))
+    if report is None: return None
+    epoch = one.epoch or next((e for e, n in report.epochs.items() if n == report.steps), 0)
+    return EpochNote(one.of, epoch, epoch_loss(report, epoch)) if epoch else None
+
+# %% ../nbs/23_reproduce.ipynb #87a010f9
 def evaluate_stage(plan: Plan, place: Place, store: Store, reports: Mapping) -> list[Run]:
     "Every condition of the plan on every panel; what is on disk is not played again."
     retrievers, runs, panels = _retrievers(plan, store), [], plan_panels(plan)
@@ -241,6 +250,7 @@ def evaluate_stage(plan: Plan, place: Place, store: Store, reports: Mapping) -> 
             runs.append(evaluate(one.condition, panel, place.folder / "episodes", policy,
                                  _memory(plan, one, ranked),
                                  [manifest or base_manifest(_model(plan))], options))
+            if note := _epoch_note(one, reports): note.write(runs[-1])
     order = [v.condition.name for v in several]
     return sorted(runs, key=lambda r: (order.index(r.name), r.seed))
 
@@ -274,7 +284,7 @@ def keep_runs(plan: Plan, place: Place, runs: Sequence[Run], reports: Mapping) -
         "adapters": {f"{name}, seed {seed}": str(r.path.relative_to(place.folder))
                      for (name, seed), r in reports.items()}})
 
-# %% ../nbs/23_reproduce.ipynb #02053f93
+# %% ../nbs/23_reproduce.ipynb #8236e6f3
 def report_stage(plan: Plan, place: Place) -> str:  # the tables
     "Tables and a figure for each panel, from the episodes on disk."
     import matplotlib.pyplot as plt
@@ -293,6 +303,9 @@ def report_stage(plan: Plan, place: Place) -> str:  # the tables
                   types_table(results, plan.evaluate.measure), endings_table(results)]
         plot_results(results, plan.evaluate.measure)
         plt.savefig(folder / f"{panel}.png", dpi=120, bbox_inches="tight")
+        if (table := curves_table(results)).rows:
+            parts.append(table)
+            plot_curves(results).savefig(folder / f"{panel}-epochs.png", dpi=120)
         plt.close("all")
     parts.append(training_table(place.folder, listed["adapters"]))
     text = "\n\n".join(map(str, parts)) + "\n"

@@ -91,7 +91,7 @@ class Filter:
     def ids(self) -> frozenset[str]: return frozenset(self.store.find(**self.filters))
     def __iter__(self): return iter(self.ids)
 
-# %% ../nbs/02b_words.ipynb #b15cbffe
+# %% ../nbs/02b_words.ipynb #d1ae1cd2
 def match(store: Store, key: str,  # the name of the key function
           text: str,  # any words; other characters are ignored
           n: int = 20,  # at most so many
@@ -102,7 +102,7 @@ def match(store: Store, key: str,  # the name of the key function
     if isinstance(allow, Filter): chosen, values = allow.sql, allow.values
     elif allow is None: chosen, values = "", []
     else: chosen, values = " AND id IN (SELECT value FROM json_each(?))", [json.dumps(list(allow))]
-    telling, condition = _telling(store, asked), f"key = ?{chosen}"
+    telling, condition = _telling(store, asked), f"+key = ?{chosen}"  # +: not by the keys' index
     found = _best(store, telling, n, condition, [key, *values]) if telling else []
     if telling == asked or len(found) == n: return found
     there = {id for id, _ in found}

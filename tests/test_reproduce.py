@@ -1,5 +1,8 @@
 "A plan runs from nothing to a report; killed anywhere, it goes on, and the report is the same."
+import html
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,11 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
+from exprag.curves import curves, curves_said, curves_table
+from exprag.page import report_runs
 from exprag.plans import PlanError, load_plan, variants
 from exprag.reproduce import (Place, _policy, demonstrations, estimate, report_stage, reproduce, store_path,
                               training_samples)
+from exprag.results import load_results
+from exprag.sft import RunReport
 from exprag.store import Store
+from exprag.view.viewer import Guard, Viewer, application
+from exprag.view.viewer import Place as Place_
 
 CHANGES = ["train.change.max_steps=4", "train.change.save_steps=1", "evaluate.max_new_tokens=12",
            "collect.easy=3", "collect.hard=2",
@@ -137,7 +147,27 @@ def test_a_curve_over_epochs_comes_from_one_run(tmp_path):
                "evaluate.vary=[{condition='LoRA', epoch=[1, 2]}]"]
     text = reproduce(load_plan("quick-shop", changes), place(tmp_path))
     assert "LoRA, epoch=1" in text and "LoRA, epoch=2" in text
-    assert len(list((tmp_path / "adapters").iterdir())) == 1
+    adapters, = (tmp_path / "adapters").iterdir()
+    results = load_results(tmp_path / "episodes")
+    curve, = curves(results)  # the last epoch was run under two names, and stands in it once
+    assert curve.condition == "LoRA" and curve.names == {1: "LoRA, epoch=1", 2: "LoRA"}
+    report = RunReport.read(adapters)
+    steps = {x["step"]: (x["loss"], x["supervised"]) for x in report.losses}
+    first = [steps[n] for n in range(1, report.epochs[1] + 1)]
+    assert curve.losses[1] == pytest.approx(sum(a * b for a, b in first) / sum(b for _, b in first))
+    assert str(curves_table(results)) in text and list(tmp_path.glob("report-*/*-epochs.png"))
+    (tmp_path / "other").mkdir()
+    for folder in (tmp_path / "episodes").iterdir(): shutil.copytree(folder, tmp_path / "other" / folder.name)
+    written, = tmp_path.glob("report-*/report.html")
+    pages = [written.read_text("utf-8"), report_runs(tmp_path / "other").read_text("utf-8")]
+    guarded = TestClient(Guard(application(Viewer(Place_.open(tmp_path))), "t", 8000), base_url="http://127.0.0.1:8000")
+    pages.append(guarded.get("/runs?token=t").text)
+    words = html.escape(curves_said(results))
+    figures = {re.search(f'alt="{re.escape(words)}" src="data:image/png;base64,([^"]+)"', page)[1] for page in pages}
+    assert len(figures) == 1 and "on hard types (unseen), training loss" in words  # the report, `exprag report` and the viewer: one figure
+    assert all(page.count("Over epochs") == 1 and page.count(f"<td>{curve.losses[2]:.3f}</td>") == 1 for page in pages)
+    for path in (tmp_path / "other").glob("*/epoch.json"): path.unlink()
+    assert "Over epochs" not in report_runs(tmp_path / "other").read_text("utf-8")
 
 
 def test_the_plans_template_is_read_in_training_and_in_acting(whole, tmp_path):
