@@ -178,10 +178,8 @@ class Variant:
     epoch: int = 0  # of the adapter; 0: the last
     stages: tuple[str, ...] = ()  # of its memory, by name
 
-# %% ../nbs/22_plans.ipynb #2c2a1142
+# %% ../nbs/22_plans.ipynb #11355178
 VARIED = ("k", "when", "composition", "outcomes", "view", "epoch", "stages")
-
-def _shown(value) -> str: return "+".join(value) or "none" if isinstance(value, tuple) else value
 
 def _variant(plan: Plan, name: str, seed: int, changes: Mapping) -> Variant:
     "A named condition with changes."
@@ -190,7 +188,8 @@ def _variant(plan: Plan, name: str, seed: int, changes: Mapping) -> Variant:
     base = dict(k=k, when=m.when, composition=m.composition, outcomes=m.outcomes, view=m.view,
                 epoch=0, stages=m.stages)
     differs = [key for key in VARIED if key in changes and changes[key] != base[key]]
-    label = ", ".join([name, *(f"{key}={_shown(changes[key])}" for key in differs)])
+    def shown(value): return "+".join(value) or "none" if isinstance(value, tuple) else value
+    label = ", ".join([name, *(f"{key}={shown(changes[key])}" for key in differs)])
     now = {**base, **changes}
     view, epoch, stages = (now.pop(key) for key in ("view", "epoch", "stages"))
     none = named.memory == "none" or not now["k"]
@@ -236,9 +235,9 @@ def _check(plan: Plan) -> Plan:
     sft_config(plan, plan.train.seeds[0]), prompt_format(plan)
     return plan
 
-# %% ../nbs/22_plans.ipynb #71398d98
+# %% ../nbs/22_plans.ipynb #f565566a
 def _check_variant(one: Variant) -> None:
-    "Refuse a condition with a view, a rule or stages that there are not, or that do not go together."
+    "Refuse a view, a rule or stages that there are not, or that do not go together."
     load_view(one.view), rule(one.condition.when)
     for name in one.stages: known(name, tuple(MEMORY_STAGES), "stage of a memory")
     static = one.condition.memory != "none" and one.condition.when == "once"

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'Place', 'store_path', 'collect_stage', 'plan_memory', 'dem
            'training_samples', 'train_stage', 'evaluate_stage', 'report_folder', 'keep_runs', 'report_stage',
            'training_table', 'estimate', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #dce4a151
+# %% ../nbs/23_reproduce.ipynb #e0e4f00c
 import gc
 import json
 import math
@@ -26,7 +26,7 @@ from .combined import (Recalled, Variation, action_agreement, check_aligned, equ
                              retrieve_for_training)
 from .evaluation import EvaluationOptions, condition, evaluate, memory_for
 from .memory.tracking import align
-from .models.loading import find_model
+from .models.loading import find_model, one_line
 from .models.local import HFPolicy, PolicyOptions
 from .models.templates import encoder_for
 from .page import report_page
@@ -156,11 +156,15 @@ def demonstrations(plan: Plan, store: Store) -> list[Trajectory]:
                         "(collect.easy), or raise train.longest")
     return chosen
 
-# %% ../nbs/23_reproduce.ipynb #7100a01f
+# %% ../nbs/23_reproduce.ipynb #1b0e3eb3
 def _encoder(plan: Plan) -> PromptEncoder:
     "What writes every conversation of the plan as token ids."
     settings = PolicyOptions(**plan.policy)
-    return encoder_for(load_tokenizer(_model(plan)), prompt_format(plan), settings.chat_template,
+    try: tokenizer = load_tokenizer(_model(plan))
+    except OSError as error:
+        raise OSError(f"model {plan.model!r} cannot be loaded; give nano, smollm2, a folder with a "
+                      f"Transformers model, or a name on the hub: {one_line(error)}") from error
+    return encoder_for(tokenizer, prompt_format(plan), settings.chat_template,
                        settings.template_settings)
 
 # %% ../nbs/23_reproduce.ipynb #29df3596
@@ -174,7 +178,7 @@ def training_memory(plan: Plan, store: Store, episodes: Sequence[Trajectory]) ->
     stages = tuple(name for name in m.stages if name != "track_progress")
     return plan_memory(plan, Variant(named, m.view, stages=stages), retriever)
 
-# %% ../nbs/23_reproduce.ipynb #8e30dd36
+# %% ../nbs/23_reproduce.ipynb #fcb6dfbe
 def paired(plan: Plan, store: Store, seed: int) -> tuple[list[Trajectory], Recalled]:
     "The demonstrations that agree with their experience, and what stands before each."
     chosen, part = demonstrations(plan, store), plan.train
@@ -185,8 +189,8 @@ def paired(plan: Plan, store: Store, seed: int) -> tuple[list[Trajectory], Recal
         chosen = [t for t in several
                   if action_agreement(t, found.recall(t).experiences) >= part.agreement]
         if not chosen:
-            raise PlanError(f"none of {len(several)} demonstrations has {part.agreement:.0%} of its "
-                            "actions in common with its experience: lower train.agreement")
+            raise PlanError(f"none of {len(several)} demonstrations has {part.agreement:.0%} of "
+                            "its actions in common with its experience: lower train.agreement")
     variation = Variation(part.drop_memory, part.ks or None, seed)
     return chosen, retrieve_for_training(chosen, memory, variation, change)
 
