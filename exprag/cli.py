@@ -5,75 +5,15 @@
 # %% auto #0
 __all__ = ['SHOWN', 'build_parser', 'main']
 
-# %% ../nbs/21_command_line.ipynb #9e54b17f
+# %% ../nbs/21_command_line.ipynb #c9dbf5d4
 import argparse
 import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
-
-# %% ../nbs/21_command_line.ipynb #354697ad
-def _run_demo(given: argparse.Namespace) -> None:
-    "Run the demo and print its table."
-    from exprag.demo import CONTROLS, FIVE, PLANS, TRACKED_REPLAY, demo, with_tracking
-    plan = PLANS[given.size or "demo"]
-    if given.track_progress: plan = with_tracking(plan)
-    controls = (*CONTROLS, *[TRACKED_REPLAY] * given.track_progress) if given.controls else ()
-    changes = {"conditions": (*FIVE, *controls), "panel": given.panel, "seed": given.seed,
-               "constrain": "templates" if given.constrain else None}
-    plan = replace(plan, **{k: v for k, v in changes.items() if v is not None})
-    parts = ["demo", *[given.size] * bool(given.size), *["tracked"] * given.track_progress]
-    out = given.out or Path("runs", "-".join(parts))
-    demo(out, plan, given.model, given.encoder, given.recipe, given.threads)
-    print((out / "table.txt").read_text(encoding="utf-8"))
-    print(f"Written to {out}: table.txt, report.html, figure.png, episodes/, adapters/, and the "
-          "store of experience.")
-
-# %% ../nbs/21_command_line.ipynb #7921ae19
-_SIZES = {
-    "quick": "a small version: two task types, a dozen training steps",
-    "wide": "a large version: up to five test episodes of each type, some four times the "
-            "demonstrations and experiences"}
-_DEMO_OPTIONS = {
-    "out": {"type": Path, "help": "directory (default: runs/demo, runs/demo-quick, ...)"},
-    "model": {"default": "nano", "metavar": "NAME_OR_PATH",
-              "help": "causal language model: nano (in the package), a folder, or a hub name"},
-    "encoder": {"metavar": "NAME_OR_PATH",
-                "help": "sentence encoder (default: the MiniLM that comes with the package)"},
-    "recipe": {"help": "training configuration: nano, paper, ... (default: nano for nano, paper "
-                       "for other models)"},
-    "seed": {"type": int, "help": "of training and sampling (default: 2025)"},
-    "panel": {"choices": ("demo", "test-hard"),
-              "help": "one test episode of each hard type, or up to five (default: demo; "
-                      "test-hard if wide)"},
-    "track-progress": {"action": "store_true",
-                       "help": "the memory follows the agent (progress tracking) instead of "
-                               "showing whole episodes once; adds a condition to the controls"},
-    "controls": {"action": "store_true",
-                 "help": "eight conditions instead of five: also replay, random experience and "
-                         "oracle experience (nine with --track-progress)"},
-    "constrain": {"action": "store_true", "help": "write actions within the world's action "
-                                                  "templates, in every condition"},
-    "threads": {"type": int, "default": 2, "help": "of PyTorch (default: %(default)s; 1 is faster "
-                                                   "where other programs use the cores)"}}
-
-# %% ../nbs/21_command_line.ipynb #ff99596b
-def _add_demo(commands) -> None:  # what `add_subparsers` gave
-    "The command that runs the whole method."
-    demo = commands.add_parser(
-        "demo",
-        help="the whole method, live: collect, store, index, train two adapters, evaluate",
-        description="Five conditions on one panel. Interrupted, it goes on where it was; run "
-                    "again, it reuses what is there.")
-    size = demo.add_mutually_exclusive_group()
-    for name, about in _SIZES.items():
-        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=about)
-    for name, settings in _DEMO_OPTIONS.items(): demo.add_argument(f"--{name}", **settings)
-    demo.set_defaults(run=_run_demo)
 
 # %% ../nbs/21_command_line.ipynb #fe15f6ea
 def _run_stage(given: argparse.Namespace) -> None:
@@ -105,7 +45,7 @@ def _plans_table():
     rows = [(p.name, p.world, p.model, p.about) for p in map(load_plan, plan_names())]
     return Table(("plan", "world", "model", "what for"), tuple(rows), right=False)
 
-# %% ../nbs/21_command_line.ipynb #8d10e19c
+# %% ../nbs/21_command_line.ipynb #1904cc68
 _STAGES = {
     None: ("reproduce", "run a plan: collect, train, evaluate, report"),
     "collect": ("collect", "play a plan's experts into its store"),
@@ -122,7 +62,9 @@ _PLAN_OPTIONS = {
     "device": {"help": "of the acting model, e.g. cuda (default: where there is one)"},
     "batch-size": {"type": int, "default": 8, "help": "episodes at once (default: %(default)s)"},
     "workers": {"type": int, "default": 2, "help": "processes that collect (default: %(default)s)"},
-    "threads": {"type": int, "default": 2, "help": "of PyTorch (default: %(default)s)"},
+    "threads": {"type": int, "default": 2,
+                "help": "of PyTorch (default: %(default)s; 1 is faster where other programs use "
+                        "the cores)"},
     "dry-run": {"action": "store_true",
                 "help": "say what it would cost on this machine, by a short probe; keeps nothing"},
     "list": {"action": "store_true", "help": "list the plans of the package"}}
@@ -136,6 +78,54 @@ def _add_stages(commands) -> None:
         for option, settings in _PLAN_OPTIONS.items():
             command.add_argument(f"--{option}", **settings)
         command.set_defaults(run=_run_stage, stage=stage)
+
+# %% ../nbs/21_command_line.ipynb #9a1fc3f1
+_SIZES = {
+    "quick": "a small version: two task types, a dozen training steps",
+    "wide": "a large version: up to five test episodes of each type, some four times the "
+            "demonstrations and experiences"}
+_DEMO_OPTIONS = {
+    "recipe": {"help": "training configuration: nano, paper, ... (default: nano for nano, paper "
+                       "for other models)"},
+    "seed": {"type": int, "help": "of training and sampling (default: 2025)"},
+    "panel": {"choices": ("demo", "test-hard"),
+              "help": "one test episode of each hard type, or up to five (default: demo; "
+                      "test-hard if wide)"},
+    "track-progress": {"action": "store_true",
+                       "help": "the memory follows the agent (progress tracking) instead of "
+                               "showing whole episodes once; adds a condition to the controls"},
+    "controls": {"action": "store_true",
+                 "help": "eight conditions instead of five: also replay, random experience and "
+                         "oracle experience (nine with --track-progress)"},
+    "constrain": {"action": "store_true", "help": "write actions within the world's action "
+                                                  "templates, in every condition"}}
+
+# %% ../nbs/21_command_line.ipynb #25a31f55
+def _run_demo(given: argparse.Namespace) -> None:
+    "Run the demo's plan, as the options have it."
+    from exprag.demo import demo_plan
+    given.recipe = given.recipe or (None if given.model in (None, "nano") else "paper")
+    given.plan, changes = demo_plan(given.size, given.track_progress, given.controls, given.recipe)
+    if given.seed is not None: changes.append(f"train.seeds=[{given.seed}]")
+    if given.panel: changes.append(f"evaluate.panels=['{given.panel}']")
+    if given.constrain: changes.append("policy.constrain=templates")
+    given.set = [*changes, *given.set]
+    _run_stage(given)
+
+# %% ../nbs/21_command_line.ipynb #f37a5d5b
+def _add_demo(commands) -> None:  # what `add_subparsers` gave
+    "The command that runs the whole method."
+    demo = commands.add_parser(
+        "demo",
+        help="the whole method, live: collect, store, index, train two adapters, evaluate",
+        description="Five conditions on one panel. Interrupted, it goes on where it was; run "
+                    "again, it reuses what is there.")
+    size = demo.add_mutually_exclusive_group()
+    for name, about in _SIZES.items():
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=about)
+    for name, settings in (_DEMO_OPTIONS | _PLAN_OPTIONS).items():
+        if name != "list": demo.add_argument(f"--{name}", **settings)
+    demo.set_defaults(run=_run_demo, list=False, stage=None)
 
 # %% ../nbs/21_command_line.ipynb #c5e5a1a1
 def _run_trial(given: argparse.Namespace) -> None:

@@ -14,12 +14,13 @@ from starlette.testclient import TestClient
 
 from exprag.curves import curves, curves_said, curves_table
 from exprag.page import report_runs
-from exprag.plans import PlanError, load_plan, variants
+from exprag.plans import PlanError, load_plan, plan_panels, variants
 from exprag.reproduce import (Place, _policy, demonstrations, estimate, report_stage, reproduce, store_path,
                               training_samples)
 from exprag.results import load_results
 from exprag.sft import RunReport
 from exprag.store import Store
+from exprag.trajectory import read_jsonl
 from exprag.view.viewer import Guard, Viewer, application
 from exprag.view.viewer import Place as Place_
 
@@ -72,6 +73,25 @@ def test_a_changed_condition_leaves_the_adapters(whole):
             queries[config["name"]] = config["memory"]["retriever"]["query"]
     assert queries["ExpRAG-LoRA"] == "goal"
     assert queries["ExpRAG-LoRA, when=every 1"] == "so_far"  # a goal would never change
+
+
+def test_the_oracle_and_a_memory_that_follows_the_agent_are_plans_too(whole):
+    folder, _ = whole
+    plan = load_plan("quick-shop", [*CHANGES, "memory.when='every 1'", "memory.stages=['track_progress', 'adapt_to_goal']",
+                                    "train.pair='procedure'", "evaluate.conditions=['replay', 'oracle experience']",
+                                    "evaluate.vary=[{condition='replay', when=['once'], stages=[['adapt_to_goal']]}]"])
+    text = reproduce(plan, place(folder))
+    assert all(name in text for name in ("oracle experience", "replay", "replay, when=once, stages=adapt_to_goal"))
+    asked = {}
+    for path in (folder / "episodes").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        asked[config["name"]] = [stage["stage"] for stage in config["memory"].get("stages", ())], config["memory"].get("retriever")
+    tracked, static = asked["replay"][0], asked["replay, when=once, stages=adapt_to_goal"][0]
+    assert static == ["exclude_same_task", "successes_only", "top_k", "adapt_to_goal"] and "drop_rejected" in tracked
+    assert asked["oracle experience"][0] == tracked and asked["oracle experience"][1]["retriever"] == "oracle"
+    oracle, = folder.glob("oracle-*.jsonl")
+    paths, refused = read_jsonl(oracle)
+    assert {t.task for t in paths} == set(plan_panels(plan)[0]) and not refused
 
 
 def test_a_share_of_the_demonstrations_has_other_words_where_a_condition_wants_it(whole):
