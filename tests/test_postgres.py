@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_namespaces
 import test_store
 from encoders import Letters, WordEncoder
 from hypothesis import HealthCheck, Phase, given, settings
@@ -487,6 +488,19 @@ def test_the_command_copies_both_ways(server, tmp_path, capsys):
     for command in (["doctor", "--store", address], ["view", address]):
         with pytest.raises(SystemExit): main(command)
         assert "exprag copy" in capsys.readouterr().err
+
+
+# Namespaces
+
+
+@pytest.mark.parametrize("kind", ["fused", "places"])
+def test_a_namespace_is_as_if_the_server_held_nothing_else(server, kind):
+    told = {}
+    with test_namespaces.fill(fresh(server), True) as store: theirs = store.find(namespace="blue")
+    for blue in (True, False):
+        with test_namespaces.fill(fresh(server), blue) as store:
+            told[blue] = [text.replace(str(store.path), "").replace(repr(store), "") for text in test_namespaces.reads(store, kind, theirs)]
+    assert told[True] == told[False]
 
 
 # Roles that are bound to namespaces
