@@ -37,7 +37,7 @@ from ..trajectory import Trajectory, whole_text
 from ..views import Hit
 from ..words import Filter, put_texts
 
-# %% ../../nbs/memory/20_postgres.ipynb #4b3334b4
+# %% ../../nbs/memory/20_postgres.ipynb #77ebbadd
 class LocalServer:
     "A PostgreSQL server of the wheel `pgserver` in a folder of its own: to try things, for tests."
     def __init__(self, *settings: str):  # such as 'fsync=off'
@@ -54,21 +54,26 @@ class LocalServer:
         self.start()
 
     def _call(self, program: str, *arguments):
-        done = subprocess.run([self.programs / program, *arguments], capture_output=True,
-                              cwd=self.folder, text=True, **self.who)
+        try: done = subprocess.run([self.programs / program, *arguments], capture_output=True,
+                                   cwd=self.folder, text=True, **self.who)
+        except PermissionError as error:
+            raise StoreError(f"a server does not run as root, and nobody may not run {program}: "
+                             f"{error}. Let others read that folder, or take another user") from None
         if done.returncode: raise StoreError(f"{program}: {done.stderr or done.stdout}")
 
     def start(self):
-        "Start, and wait until it answers."
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder,
-                 "-c", "listen_addresses=", *self.settings],
-                stdout=log, stderr=log, cwd=self.folder, **self.who)
+        "Start, and wait until it answers; what is left of a killed one ends first, by itself."
+        self.process, log, until = None, self.folder / "log", time.monotonic() + 30
+        command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder,
+                   "-c", "listen_addresses=", *self.settings]
         while subprocess.run([self.programs / "pg_isready", "-q", "-h", self.folder]).returncode:
-            if self.process.poll() is not None:
-                raise StoreError(f"the server has ended: {(self.folder / 'log').read_text()}")
-            time.sleep(0.05)
+            if self.process is None or self.process.poll() is not None:
+                if time.monotonic() > until:
+                    raise StoreError(f"the server does not start: {log.read_text()[-1000:]}")
+                with open(log, "ab") as said:
+                    self.process = subprocess.Popen(command, stdout=said, stderr=said,
+                                                    cwd=self.folder, **self.who)
+            time.sleep(0.1)
 
     def address(self, schema: str = "exprag", role: str = "postgres") -> str:
         "The address of a store on it; over a socket that only this machine sees."
