@@ -37,7 +37,7 @@ from ..trajectory import Trajectory, whole_text
 from ..views import Hit
 from ..words import Filter, put_texts
 
-# %% ../../nbs/memory/20_postgres.ipynb #77ebbadd
+# %% ../../nbs/memory/20_postgres.ipynb #7ab95e1f
 class LocalServer:
     "A PostgreSQL server of the wheel `pgserver` in a folder of its own: to try things, for tests."
     def __init__(self, *settings: str):  # such as 'fsync=off'
@@ -58,7 +58,7 @@ class LocalServer:
                                    cwd=self.folder, text=True, **self.who)
         except PermissionError as error:
             raise StoreError(f"a server does not run as root, and nobody may not run {program}: "
-                             f"{error}. Let others read that folder, or take another user") from None
+                             f"{error}. Let others read that folder, or be another user") from None
         if done.returncode: raise StoreError(f"{program}: {done.stderr or done.stdout}")
 
     def start(self):
