@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEMORY_STAGES', 'PAIRS', 'FIVE', 'VARIED', 'CollectPlan', 'MemoryPlan', 'TrainPlan', 'EvaluatePlan', 'Plan',
-           'PlanError', 'Variant', 'variants', 'sft_config', 'prompt_format', 'plan_names', 'load_plan',
+           'PlanError', 'Variant', 'variants', 'sft_config', 'prompt_format', 'plan_names', 'load_plan', 'plans_table',
            'collect_tasks', 'plan_panels']
 
-# %% ../nbs/22_plans.ipynb #03d71a2c
+# %% ../nbs/22_plans.ipynb #b10bc78f
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from .prompt import PromptFormat
 from .query import key_function
 from .samples import OVER_LENGTH, SFTConfig
 from .select import COMPOSITIONS, Stage
-from .trajectory import FrozenMap, Task, digest, known, thaw
+from .trajectory import FrozenMap, Table, Task, digest, known, thaw
 from .views import load_view
 from .world import Panel, World, load_panel, load_world, spread
 
@@ -316,6 +316,12 @@ def load_plan(name: str | os.PathLike,  # of a plan in the package, or a TOML fi
         raise PlanError(f"{path} is not TOML: {error}") from None
     try: return _check(from_table(Plan, with_changes(table, changes), ""))
     except ValueError as error: raise PlanError(f"{path.name}: {error}") from error
+
+# %% ../nbs/22_plans.ipynb #6a160b5b
+def plans_table() -> Table:
+    "The plans of the package."
+    rows = [(p.name, p.world, p.model, p.about) for p in map(load_plan, plan_names())]
+    return Table(("plan", "world", "model", "what for"), tuple(rows), right=False)
 
 # %% ../nbs/22_plans.ipynb #8e166868
 def _is_in(plan: Plan, task: Task) -> bool:
