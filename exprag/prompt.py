@@ -217,13 +217,13 @@ def _frame_of(tokenizer, template: str | None,  # a tokenizer, and the chat temp
                       "Give settings under which it only appends (such as enable_thinking=False) "
                       "or a template that does: PromptEncoder(..., chat_template=...)") from reason
 
-# %% ../nbs/07_prompt.ipynb #a3223fea
+# %% ../nbs/07_prompt.ipynb #83273006
 class Encoded(NamedTuple):
     "A conversation in tokens."
     ids: list[int]  # token ids
-    mask: list[int]  # 1 where the policy wrote the token (an action and its end-of-turn), else 0
+    mask: list[int]  # 1 at tokens of imitated actions and their end-of-turn, else 0
 
-# %% ../nbs/07_prompt.ipynb #ce812747
+# %% ../nbs/07_prompt.ipynb #a68c1773
 class PromptEncoder:
     "Writes episodes as token ids, turn by turn, in a model's own chat template."
 
@@ -264,13 +264,13 @@ class PromptEncoder:
         return lead + self.write(close)
 
     def turns(self, trajectory: Trajectory, experiences=()) -> list[tuple[list[int], int]]:
-        "The conversation as (token ids, whether the policy wrote them), up to the next action."
+        "The conversation as (token ids, whether they are imitated), up to the next action."
         messages, frame = self.format.messages(trajectory, experiences), self.frame
         system, first, *rest = (message["content"] for message in messages)
         turns = [(self.write((frame.before, True), (system, False), (frame.between, True),
                              (first, False), (frame.ask, True)), 0)]
-        for action, seen in zip(rest[::2], rest[1::2]):
-            turns.append((self.action(action), 1))
+        for step, action, seen in zip(trajectory.steps, rest[::2], rest[1::2]):
+            turns.append((self.action(action), int(step.imitated)))
             turns.append((self.write((frame.answer, True), (seen, False), (frame.ask, True)), 0))
         return turns
 
@@ -283,7 +283,7 @@ class PromptEncoder:
     def encode(self, trajectory: Trajectory,  # an episode to learn from
                experiences=()  # experience to show, in order
               ) -> Encoded:
-        "The episode up to the end of its last action, with the mask of what the policy wrote."
+        "The episode up to the end of its last action, with the mask of what is imitated."
         turns = self.turns(trajectory, experiences)
         turns = turns[:-1] or turns
         mask = [own for ids, own in turns for _ in ids]

@@ -333,6 +333,12 @@ def planned_tokens(steps: Sequence[Sequence[int]],  # what `plan_steps` gave
     return np.array([(sum(counts[i] for i in step), sum(lengths[i] for i in step), padded(step))
                      for step in steps])
 
+# %% ../nbs/09_samples.ipynb #f37d44c1
+def loss_divisor(tokens: np.ndarray,  # what `planned_tokens` gave
+                 config: SFTConfig) -> float | None:  # None: the target tokens of each step
+    "What `loss_per` divides the loss of every step by."
+    return float(tokens[:, 0].mean()) if config.loss_per == "average" else None
+
 # %% ../nbs/09_samples.ipynb #7a649a54
 IGNORED = -100  # the label that PyTorch's cross entropy skips
 
@@ -391,3 +397,14 @@ def token_losses(model,  # a causal language model, adapted or not
             rows[list(part)] = np.stack([loss, [samples[i].supervised for i in part]], 1)
     model.train(training)
     return rows
+
+# %% ../nbs/09_samples.ipynb #468f32ab
+def shared_losses(model, samples: Sequence[Sample], batch: int = 4) -> np.ndarray:
+    "As `token_losses`, the work shared by the processes of a run; all of them call it."
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    world, n = PartialState().num_processes, len(samples)
+    turns = np.resize(np.arange(n), math.ceil(n / world) * world)  # as many for each process
+    own = turns[PartialState().process_index::world]
+    rows = gather_object([token_losses(model, [samples[i] for i in own], batch)])
+    return np.stack(rows, 1).reshape(-1, 2)[:n]

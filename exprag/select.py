@@ -7,12 +7,12 @@ __all__ = ['COMPOSITIONS', 'DEFAULT_STAGES', 'composition', 'Dropped', 'Stage', 
            'exclude_siblings', 'successes_only', 'top_k', 'token_budget', 'order', 'Selection', 'Once', 'Every',
            'Memory', 'NoMemory']
 
-# %% ../nbs/05_select.ipynb #1dbee24a
+# %% ../nbs/05_select.ipynb #ff29d2da
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .query import Retriever
-from .store import Store
+from .store import Store, conditions
 from .trajectory import FrozenMap, Table, Task, Trajectory, digest, known, same_task, thaw
 from .views import Experience, load_view, render
 from .world import find_world, in_dialect, load_world
@@ -237,7 +237,7 @@ class Every:
         return len(now) - len(then) >= self.steps
     def describe(self) -> dict: return {"when": "every", "steps": self.steps}
 
-# %% ../nbs/05_select.ipynb #c20eca27
+# %% ../nbs/05_select.ipynb #535a8f34
 DEFAULT_STAGES = (exclude_same_task(), successes_only(), top_k(2))  # two: the paper's default
 
 class Memory:
@@ -276,9 +276,20 @@ class Memory:
             kept, dropped = run_stages(self._run, trajectory, candidates)
             limiting = {s.name for s in self.stages if s.limits}
             full = any(d.stage in limiting for d in dropped)
-            if full or len(hits) < n or not limiting: break
+            if full or len(hits) < n or not limiting or self._no_success(trajectory.task): break
             n *= 4
         return Selection(tuple(kept), tuple(sorted(dropped, key=lambda d: d.experience.hit.rank)))
+
+    def _no_success(self, task: Task) -> bool:
+        "Whether only successes are shown, and there is none: a larger pool brings nothing."
+        if "successes_only" not in {s.name for s in self.stages}: return False
+        wanted = {"world": task.world, "folds": ["train"], **self.only, "success": True}
+        where, values = conditions(**{k: v for k, v in wanted.items() if k != "namespace"})
+        if place := self.only.get("namespace"):
+            where += " AND id IN (SELECT id FROM namespaces WHERE name = ?)"
+            values.append(place)
+        sql = f"SELECT 1 FROM trajectories WHERE {where} LIMIT 1"
+        return self.retriever.store.row(sql, *values) is None
 
     def _allowed(self, task: Task) -> Iterable[str]:
         "The ids that may be recalled."

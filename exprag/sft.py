@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['run_name', 'base_manifest', 'RunReport', 'TrainOptions', 'train']
 
-# %% ../nbs/10_sft.ipynb #abd2e729
+# %% ../nbs/10_sft.ipynb #d72ee973
 import hashlib
 import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from .audit import Manifest
 from .samples import (SFTConfig, Sample, check_samples, collate, epoch_ends, kept_epochs,
-                            micro_batches, plan_steps, planned_tokens, supervised_loss,
-                            token_losses)
+                            loss_divisor, micro_batches, plan_steps, planned_tokens,
+                            shared_losses, supervised_loss)
 from .trajectory import digest, write_json
 
 # %% ../nbs/10_sft.ipynb #d0a80eec
@@ -49,7 +51,7 @@ def four_bits(dtype: str = "bfloat16",  # of the products
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype))}
 
-# %% ../nbs/10_sft.ipynb #47be57d9
+# %% ../nbs/10_sft.ipynb #d98ba10b
 def load_base(place: str,  # a folder, or a name on the Hugging Face hub
               dtype: str,  # of the weights, such as 'float32'; 'nf4' is `four_bits`
               **more):  # further arguments of `from_pretrained`
@@ -63,7 +65,11 @@ def load_base(place: str,  # a folder, or a name on the Hugging Face hub
         if not torch.cuda.is_available() or not find_spec("bitsandbytes"):
             raise ValueError("weights='nf4' needs an NVIDIA GPU and the package bitsandbytes (pip "
                              "install bitsandbytes): set weights='bfloat16' or 'float32' here")
-        dtype, more = "bfloat16", {**four_bits(), **more}
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError("FSDP does not shard weights='nf4': start with torchrun, or set "
+                             "weights='bfloat16'")
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a machine has a GPU
+        dtype, more = "bfloat16", {**four_bits(device=own), **more}
     kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     return kind.from_pretrained(place, dtype=getattr(torch, dtype), trust_remote_code=False,
                                 use_safetensors=True, **more)
@@ -154,11 +160,12 @@ RUN_FORMAT = 2  # raised when the same inputs give another run: a change of plan
 LABELS = ("name", "save_steps", "checkpointing", "keep_epochs")  # they change nothing computed
 LATER = {"loss_per": "step"}  # fields younger than the format: what runs without them did
 
-# %% ../nbs/10_sft.ipynb #1f37eb08
+# %% ../nbs/10_sft.ipynb #4a367bed
 def run_name(model: str, samples: Sequence[Sample], config: SFTConfig,
              dev_samples: Sequence[Sample] = ()) -> str:
     "The name of a run's directory: the configuration's, and a hash of all that decides the result."
     said = {k: v for k, v in asdict(config).items() if k not in LABELS and LATER.get(k) != v}
+    if config.dropout: said["seeded"] = "micro-batch"  # by the step, in earlier runs
     identity = {"format": RUN_FORMAT, "model": model_fingerprint(model), "config": said,
                 "samples": [s.describe() for s in samples],
                 "dev": [s.describe() for s in dev_samples]}
@@ -291,14 +298,23 @@ def _kept(path: Path  # the run directory
     "The adapters of epochs in a run directory."
     return {int(p.name): p for p in sorted(path.glob("epochs/*")) if p.name.isdigit()}
 
-# %% ../nbs/10_sft.ipynb #66274e88
+# %% ../nbs/10_sft.ipynb #2b96f797
+def _writes() -> bool:
+    "Whether this process is the one, of those that share a run, that writes files."
+    return int(os.environ.get("RANK", 0)) == 0
+
+# %% ../nbs/10_sft.ipynb #c0b1cd50
 def _save_adapter(model, path: Path,  # the run directory
                   epoch: int | None = None) -> None:  # at whose end; None: of the run
-    "Saves an adapter with a manifest of its own: whole, or not at all."
+    "Saves an adapter with a manifest of its own, whole or not at all; called in every process."
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = get_model_state_dict(model, options=options)  # put together where it is sharded
+    if not _writes(): return
     folder = path / "adapter" if epoch is None else path / "epochs" / str(epoch)
     half = folder.with_name(folder.name + ".half")
     for there in (half, folder): shutil.rmtree(there, ignore_errors=True)
-    model.save_pretrained(half)
+    model.save_pretrained(half, state_dict=weights)
     manifest = Manifest.read(path)
     label = "" if epoch is None else f", epoch {epoch}"
     replace(manifest, name=manifest.name + label).write(half)
@@ -314,12 +330,6 @@ def _check_kept(path: Path, wanted: Mapping[int, int], there, done: int) -> None
             f"its adapter (kept: {kept}). Take it out of keep_epochs, or remove the directory "
             "to train the run again")
 
-# %% ../nbs/10_sft.ipynb #5b0def2d
-def _divisor(tokens: np.ndarray,  # what `planned_tokens` gave
-             config: SFTConfig) -> float | None:  # None: the target tokens of each step
-    "What `loss_per` divides the loss of every step by."
-    return float(tokens[:, 0].mean()) if config.loss_per == "average" else None
-
 # %% ../nbs/10_sft.ipynb #09563936
 def _step_line(step: int, logs: dict, tokens: Sequence[int], samples: Sequence[int],
                config: SFTConfig, divisor: float | None) -> dict:
@@ -332,61 +342,64 @@ def _step_line(step: int, logs: dict, tokens: Sequence[int], samples: Sequence[i
     return dict(step=step, loss=per_token, lr=logs["learning_rate"],
                 grad_norm=logs.get("grad_norm"), samples=list(samples), **counts)
 
-# %% ../nbs/10_sft.ipynb #f74085a5
+# %% ../nbs/10_sft.ipynb #9455701c
 def _append(path: Path,  # the run directory
             **line) -> None:
     "Adds a line to losses.jsonl."
+    if not _writes(): return
     with open(path / "losses.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
 
-# %% ../nbs/10_sft.ipynb #546c2939
+# %% ../nbs/10_sft.ipynb #be550ada
 def _bookkeeper(path: Path,  # the run directory
                 steps: Sequence[Sequence[int]],  # what `plan_steps` gave
                 tokens: np.ndarray,  # what `planned_tokens` gave
                 config: SFTConfig, dev_samples: Sequence[Sample], progress: bool,
                 kept: Mapping[int, int]):  # what `kept_epochs` gave
     "The Trainer callback that seeds, logs, measures dev loss, and keeps adapters and checkpoints."
-    import time
-
     import torch
+    from accelerate import PartialState
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
-
     ended = {step: epoch for epoch, step in kept.items()}
-    divisor = _divisor(tokens, config)
+    divisor = loss_divisor(tokens, config)
 
     class Bookkeeper(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kw):
-            self.clock, self.main = time.perf_counter(), state.is_world_process_zero
+            self.clock = time.perf_counter()
             self.bar = tqdm(total=len(steps), initial=state.global_step, desc=config.name,
-                            unit="step", disable=not (progress and self.main))
+                            unit="step", disable=not (progress and _writes()))
             if not state.global_step: self.measure(0, model)
 
-        def on_step_begin(self, args, state, control, **kw):
+        def on_step_begin(self, args, state, control, **kw):  # a seed for each micro-batch
             seed = config.seed * 1_000_003 + state.global_step * 1009 + args.process_index
-            torch.manual_seed(seed)
+            self.seeds = count(seed, args.world_size)
+            self.on_substep_end()
+
+        def on_substep_end(self, *given, **kw): torch.manual_seed(next(self.seeds))
 
         def on_log(self, args, state, control, logs=None, model=None, **kw):
             if "loss" not in logs: return
             step, now = state.global_step, time.perf_counter()
             line = _step_line(step, logs, tokens[step - 1], steps[step - 1], config, divisor)
-            if self.main: _append(path, **line, seconds=round(now - self.clock, 3))
+            _append(path, **line, seconds=round(now - self.clock, 3))
             self.clock = now
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update()
             due = config.dev_steps and step % config.dev_steps == 0
             if step == len(steps) or step in ended or due: self.measure(step, model)
-            if step in ended and self.main: _save_adapter(model, path, ended[step])
+            if step in ended: _save_adapter(model, path, ended[step])
 
         def on_save(self, args, state, control, **kw):
-            folder = path / "checkpoints" / f"checkpoint-{state.global_step}"
-            if self.main: (folder / "whole").touch()
+            PartialState().wait_for_everyone()  # every process writes a part of a checkpoint
+            whole = path / "checkpoints" / f"checkpoint-{state.global_step}" / "whole"
+            if _writes(): whole.touch()
 
         def on_train_end(self, args, state, control, **kw): self.bar.close()
 
         def measure(self, step, model):
-            if not dev_samples or not self.main: return
-            nats, count = token_losses(model, dev_samples, config.micro_batch).sum(0)
-            _append(path, step=step, dev_loss=nats / count)
+            if not dev_samples: return
+            measured = shared_losses(model, dev_samples, config.micro_batch)
+            _append(path, step=step, dev_loss=np.divide(*measured.sum(0)))
     return Bookkeeper()
 
 # %% ../nbs/10_sft.ipynb #2aad530c
@@ -461,7 +474,7 @@ class TrainOptions:
     attention: str | None = None  # such as 'flash_attention_2'; None: Transformers' choice
     left_out: Sequence[Sample] = ()  # what `fit_samples` left out, to be recorded
 
-# %% ../nbs/10_sft.ipynb #139e5d11
+# %% ../nbs/10_sft.ipynb #bc4898ae
 _PACKAGES = ("exprag", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
 def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a name on the hub
@@ -485,8 +498,7 @@ def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a nam
     tokens, lengths = planned_tokens(steps, samples, config), [len(s) for s in samples]
     done, checkpoint = _last_checkpoint(path)
     _check_kept(path, wanted, _kept(path), done)
-    main = int(os.environ.get("RANK", 0)) == 0  # of several processes one writes
-    if main:
+    if _writes():
         _write_inputs(path, model, samples, config, dev_samples, options.left_out)
         kept = _read_losses(path, done if checkpoint else -1)
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -494,26 +506,23 @@ def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a nam
     batches = [m for step in steps for m in micro_batches(step, lengths, config.micro_batch)]
     with torch_threads(options.threads) as used:
         args = training_arguments(config, len(steps), path, options.report_to)
-        if main:
+        if _writes():
             add_runtime(path, _PACKAGES, threads=used, device=str(args.device), bfloat16=args.bf16,
                         weights=config.weights, optimizer=config.optimizer,
-                        optimizer_asked=asked.optimizer)
+                        optimizer_asked=asked.optimizer, processes=args.world_size)
         trainer = _make_trainer(
             prepare_model(model, config, options.attention), args,
             _bookkeeper(path, steps, tokens, config, dev_samples, options.progress, wanted),
-            [[samples[i] for i in batch] for batch in batches], _divisor(tokens, config))
+            [[samples[i] for i in batch] for batch in batches], loss_divisor(tokens, config))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_world_process_zero():
-        ends = epoch_ends(len(samples), config)
-        short = [s for s in samples if s.dropped]
-        _finish_run(path, trainer, tokens, ends, threads=used,
-                    resumed_from=done if checkpoint else None,
-                    left_out=[str(s.task) for s in options.left_out],
-                    shortened=[str(s.task) for s in short])
+    _finish_run(path, trainer, tokens, epoch_ends(len(samples), config), threads=used,
+                resumed_from=done if checkpoint else None,
+                left_out=[str(s.task) for s in options.left_out],
+                shortened=[str(s.task) for s in samples if s.dropped])
     trainer.accelerator.wait_for_everyone()
     return RunReport.read(path)
 
-# %% ../nbs/10_sft.ipynb #5235d673
+# %% ../nbs/10_sft.ipynb #434fe0c1
 def _make_trainer(model, args, callback, batches, divisor):
     "The Trainer for a planned run."
     from transformers import PrinterCallback, Trainer
@@ -523,12 +532,16 @@ def _make_trainer(model, args, callback, batches, divisor):
                       data_collator=lambda items: collate(items[0]),
                       compute_loss_func=loss, callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise ValueError("FSDP was asked for, and Accelerate shards a model over GPUs only: start "
+                         "with torchrun on a CPU, which gives every process the whole model")
     return trainer
 
-# %% ../nbs/10_sft.ipynb #1909b661
+# %% ../nbs/10_sft.ipynb #5c46a6a8
 def _finish_run(path, trainer, tokens, ends, **facts) -> None:
     "Saves the adapter, then the report that marks the run as finished, then drops checkpoints."
-    _save_adapter(trainer.accelerator.unwrap_model(trainer.model), path)
+    _save_adapter(trainer.model, path)
+    if not _writes(): return
     there = {e: step for e, step in ends.items() if e in _kept(path) or step == len(tokens)}
     supervised, computed, padded = map(int, tokens.sum(0))
     seconds = round(sum(line.get("seconds", 0) for line in _read_losses(path)), 2)

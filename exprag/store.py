@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['StoreError', 'UnknownTrajectory', 'Store', 'Added', 'conditions']
 
-# %% ../nbs/02_store.ipynb #14c780d8
+# %% ../nbs/02_store.ipynb #3f255048
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -23,7 +25,7 @@ from fastcore.basics import patch
 
 from .trajectory import Task, Trajectory, canonical_json, id_set_hash, thaw, whole_text
 
-# %% ../nbs/02_store.ipynb #6d134882
+# %% ../nbs/02_store.ipynb #17cc83b3
 MIGRATIONS = ("""
     CREATE TABLE trajectories(id TEXT PRIMARY KEY, world TEXT NOT NULL, type TEXT NOT NULL,
         variation TEXT NOT NULL, fold TEXT NOT NULL, success INTEGER, score REAL,
@@ -67,6 +69,7 @@ MIGRATIONS = ("""
 """)
 APPLICATION_ID = 0x45585047  # "EXPG": tells our files from other people's SQLite files
 _SLOW_TO_HASH = 1000  # ids, from which their hash is worth a write
+_ON_SERVERS = "exprag.memory.postgres"  # its store has the same interface; see memory/20_postgres
 
 # %% ../nbs/02_store.ipynb #2631809d
 class StoreError(RuntimeError):
@@ -86,7 +89,7 @@ def statements(script: str) -> list[str]:
         if sqlite3.complete_statement(part): found, part = [*found, part.strip()], ""
     return found
 
-# %% ../nbs/02_store.ipynb #e95bbdb5
+# %% ../nbs/02_store.ipynb #65a4a58d
 def _migrate(connection: sqlite3.Connection,  # in autocommit mode
              path: Path):  # for the messages
     "Bring a new or older file to the present schema; refuse a newer one and other databases."
@@ -96,8 +99,7 @@ def _migrate(connection: sqlite3.Connection,  # in autocommit mode
         ours, version = pragma("application_id"), pragma("user_version")
         foreign = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if ours != APPLICATION_ID and (ours or foreign):
-            raise StoreError(f"{path} is an SQLite file, but not an exprag store; give another "
-                             "path")
+            raise StoreError(f"{path} is an SQLite file, not an exprag store; give another path")
         if version > len(MIGRATIONS):
             raise StoreError(
                 f"{path} has schema {version} and this release knows schema {len(MIGRATIONS)}; "
@@ -177,9 +179,13 @@ def _set_wal(connection: sqlite3.Connection,  # in autocommit mode
             if "locked" not in str(error) or time.monotonic() > deadline: raise
             time.sleep(0.01)
 
-# %% ../nbs/02_store.ipynb #084450da
+# %% ../nbs/02_store.ipynb #735f3099
 class Store:
-    "Episodes in one SQLite file, safe for threads and processes."
+    "Episodes in one SQLite file, safe for threads and processes; or those of a server's address."
+    def __new__(cls, path="", *_, **__):
+        server = cls is Store and re.match("postgres(ql)?://", str(path))
+        return super().__new__(import_module(_ON_SERVERS).PostgresStore if server else cls)
+
     def __init__(self, path: str | os.PathLike,  # one SQLite file
                  create: bool = True,  # False: a missing file is an error
                  timeout: float = 30.0):  # seconds to wait for another writer
@@ -220,13 +226,11 @@ class Store:
                     connection.execute("SELECT 1 FROM sqlite_master")  # sees another's VACUUM
                     yield connection
                     connection.execute("COMMIT")
-                except BaseException:
+                finally:
                     if connection.in_transaction: connection.execute("ROLLBACK")
-                    raise
             except sqlite3.OperationalError as error:
-                way = ("Its place is read-only: copy it to one that can be written" if
-                       self.read_only else "Free the disk, or let the other writer finish, and do "
-                                           "it again")
+                way = ("Its place is read-only: copy it to one that is not" if self.read_only else
+                       "Free the disk, or let the other writer finish, and do it again")
                 raise StoreError(f"{self.path}: {error}; this change was undone, and all that was "
                                  f"acknowledged before is kept. {way}") from error
 
@@ -251,8 +255,7 @@ class Store:
     def __repr__(self): return f"{type(self).__name__}({self.path.name})"
     def __bool__(self): return True
     def __len__(self): return self.row("SELECT count(*) FROM trajectories")[0]
-    def __contains__(self, id: str):
-        return self.row("SELECT 1 FROM trajectories WHERE id = ?", id) is not None
+    def __contains__(self, id): return bool(self.row("SELECT 1 FROM trajectories WHERE id = ?", id))
 
     def shut_outs(self) -> dict[str, str]:  # reason by id
         "What no memory shows, and why; see `exprag.memory.curation.shut_out`."
@@ -333,7 +336,7 @@ class Added(NamedTuple):
     added: int  # new episodes
     known: int  # episodes whose content was there before (the first provenance is kept)
 
-# %% ../nbs/02_store.ipynb #eb6b5f38
+# %% ../nbs/02_store.ipynb #61d73d98
 @patch
 def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a generator
              batch: int = 1000,  # episodes a transaction; each batch is kept whole or not at all
@@ -342,9 +345,8 @@ def add_many(self: Store, trajectories: Iterable[Trajectory],  # may be a genera
     "Keep many episodes."
     if namespace == "": raise ValueError("namespace '' has no name; give one, or None")
     now, total, several = time.time(), Added(0, 0), iter(trajectories)
-    marks = ", ".join("?" * len(COLUMNS))
-    insert = (f"INSERT INTO trajectories({', '.join(COLUMNS)}) VALUES ({marks}) "
-              "ON CONFLICT(id) DO NOTHING")
+    columns, marks = ", ".join(COLUMNS), ", ".join("?" * len(COLUMNS))
+    insert = f"INSERT INTO trajectories({columns}) VALUES ({marks}) ON CONFLICT DO NOTHING"
     while chunk := sorted((row_of(t, now) for t in islice(several, batch)), key=itemgetter(0)):
         with self.writing() as connection:
             new = connection.executemany(insert, chunk).rowcount
@@ -412,7 +414,7 @@ def conditions(world=None, types=None, folds=None, success=None, authors=None,  
         values.append(value)
     return " AND ".join(where), values
 
-# %% ../nbs/02_store.ipynb #3345da5c
+# %% ../nbs/02_store.ipynb #63f4eab3
 @patch
 def find(self: Store, world: str | None = None,  # e.g. 'scienceworld'
          types: Iterable[str] | None = None,  # task types
@@ -428,16 +430,15 @@ def find(self: Store, world: str | None = None,  # e.g. 'scienceworld'
     if namespace is not None:
         table += " JOIN (SELECT id AS member FROM namespaces WHERE name = ?) ON id = member"
         values = [namespace, *values]
-    sql = f"SELECT id FROM {table} WHERE {where} ORDER BY id"
-    return [id for id, in self.rows(sql, *values)]
+    return [id for id, in self.rows(f"SELECT id FROM {table} WHERE {where} ORDER BY id", *values)]
 
-# %% ../nbs/02_store.ipynb #ce6bb465
+# %% ../nbs/02_store.ipynb #b7f1d132
 @patch
 def has_task(self: Store, task: Task  # its fold does not matter
             ) -> bool:
     "Whether any episode of this task is kept."
-    sql = "SELECT 1 FROM trajectories WHERE world = ? AND type = ? AND variation = ?"
-    return self.row(sql, task.world, task.type, task.variation) is not None
+    return self.row("SELECT 1 FROM trajectories WHERE world = ? AND type = ? AND variation = ?",
+                    task.world, task.type, task.variation) is not None
 
 # %% ../nbs/02_store.ipynb #0a270b52
 @patch
@@ -449,12 +450,12 @@ def census(self: Store, namespace: str | None = None  # None: of any, and of non
                      "ORDER BY world, type, fold", namespace, namespace)
     return {tuple(row): n for *row, n in rows}
 
-# %% ../nbs/02_store.ipynb #7e2da0d2
+# %% ../nbs/02_store.ipynb #efcfd427
 @patch
 def types(self: Store, world: str) -> list[str]:  # sorted
     "The task types of a world that have an episode."
-    sql = "SELECT DISTINCT type FROM trajectories WHERE world = ? ORDER BY type"
-    return [type for type, in self.rows(sql, world)]
+    return [type for type, in self.rows(
+        "SELECT DISTINCT type FROM trajectories WHERE world = ? ORDER BY type", world)]
 
 # %% ../nbs/02_store.ipynb #90be5505
 @patch
@@ -547,9 +548,9 @@ def get_vectors(self: Store, encoder: str,  # the same name as was given to `put
     array = np.frombuffer(b"".join(v for _, v in rows), dtype="<f4").astype(np.float32)
     return [id for id, _ in rows], array.reshape(len(rows), -1 if rows else 0)
 
-# %% ../nbs/02_store.ipynb #2152323a
+# %% ../nbs/02_store.ipynb #36b0a8ed
 @patch
 def vector_ids(self: Store, encoder: str, key: str) -> list[str]:  # sorted
     "The ids of the episodes that have a vector of this encoder and key."
-    sql = "SELECT id FROM vectors WHERE encoder = ? AND key = ? ORDER BY id"
-    return [id for id, in self.rows(sql, encoder, key)]
+    return [id for id, in self.rows(
+        "SELECT id FROM vectors WHERE encoder = ? AND key = ? ORDER BY id", encoder, key)]

@@ -108,7 +108,7 @@ class Task:
                                   "'scienceworld/boil/3@train'")
         return cls(*match.groups())
 
-# %% ../nbs/00_trajectory.ipynb #8852f930
+# %% ../nbs/00_trajectory.ipynb #cc790196
 @dataclass(frozen=True)
 class Step:
     "One action and the observation after it."
@@ -128,6 +128,11 @@ class Step:
         object.__setattr__(self, "reward", finite(self.reward, "step reward"))
         object.__setattr__(self, "tool_calls", tuple(FrozenMap(c) for c in self.tool_calls))
         object.__setattr__(self, "extra", FrozenMap(self.extra))
+
+    @property
+    def imitated(self) -> bool:
+        "Whether training imitates the action: not where a log says `loss: false` or `weight: 0`."
+        return self.extra.get("loss") is not False and self.extra.get("weight") != 0
 
     def content(self) -> dict:
         "What counts for identity: action, observation, thought, tool calls."

@@ -15,12 +15,13 @@ from weakref import WeakKeyDictionary
 from .store import Store, conditions
 from .trajectory import whole_text
 
-# %% ../nbs/02b_words.ipynb #7da02591
+# %% ../nbs/02b_words.ipynb #298bf203
 def put_texts(store: Store, key: str,  # the name of the key function
               texts: Mapping[str, str]  # by id
              ) -> int:  # how many were kept: those whose episode is (still) here
     "Keep the texts of episodes for searching by words; an older text of the key is replaced."
     if not texts: return 0
+    if hasattr(store, "put_texts"): return store.put_texts(key, texts)  # a server's store
     with store.writing() as connection:
         connection.executemany("DELETE FROM texts WHERE key = ? AND id = ?",
                                [(key, id) for id in texts])
@@ -91,7 +92,7 @@ class Filter:
     def ids(self) -> frozenset[str]: return frozenset(self.store.find(**self.filters))
     def __iter__(self): return iter(self.ids)
 
-# %% ../nbs/02b_words.ipynb #b15cbffe
+# %% ../nbs/02b_words.ipynb #518ea5ed
 def match(store: Store, key: str,  # the name of the key function
           text: str,  # any words; other characters are ignored
           n: int = 20,  # at most so many
@@ -99,10 +100,11 @@ def match(store: Store, key: str,  # the name of the key function
          ) -> list[tuple[str, float]]:  # (id, BM25 score, higher is better), best first
     "The episodes whose text shares words with `text`; ties in the order of ids, 0.0 the latest."
     if not (asked := word_query(text)): return []
+    if hasattr(store, "match_texts"): return store.match_texts(key, text, n, allow)  # likewise
     if isinstance(allow, Filter): chosen, values = allow.sql, allow.values
     elif allow is None: chosen, values = "", []
     else: chosen, values = " AND id IN (SELECT value FROM json_each(?))", [json.dumps(list(allow))]
-    telling, condition = _telling(store, asked), f"key = ?{chosen}"
+    telling, condition = _telling(store, asked), f"+key = ?{chosen}"  # +: not by the keys' index
     found = _best(store, telling, n, condition, [key, *values]) if telling else []
     if telling == asked or len(found) == n: return found
     there = {id for id, _ in found}

@@ -1,11 +1,11 @@
 "The commands that look into a store, as a user types them."
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from exprag.demo import CONTROLS, FIVE
+from exprag.demo import CONTROLS, demo_plan
 from exprag.cli import EXPECTED, build_parser, main
+from exprag.plans import FIVE, load_plan, variants
 
 SAMPLE = Path(__file__).parents[1] / "nbs" / "data" / "sample.jsonl"
 
@@ -49,35 +49,39 @@ def test_a_broken_line_is_named_and_the_rest_goes_in(tmp_path, capsys):
     assert "5 episodes added" in said and "1 record" in said and "4" in said
 
 
-@pytest.mark.parametrize("arguments, name, out, changed", [
-    ([], "demo", "runs/demo", {}),
-    (["--quick"], "quick", "runs/demo-quick", {}),
-    (["--wide", "--seed", "7"], "wide", "runs/demo-wide", {"seed": 7}),
-    (["--panel", "test-hard", "--constrain"], "demo", "runs/demo", {"panel": "test-hard", "constrain": "templates"}),
-    (["--wide", "--panel", "demo", "--out", "x"], "wide", "x", {"panel": "demo"}),
-    (["--controls"], "demo", "runs/demo", {"conditions": (*FIVE, *CONTROLS)}),
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    "What `reproduce` is asked for: plans and places."
+    import exprag.reproduce
+    found = []
+    monkeypatch.setattr(exprag.reproduce, "reproduce", lambda plan, place, until: found.append((plan, place, until)) or "a table")
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+@pytest.mark.parametrize("arguments, size, out, changes", [
+    ([], None, "runs/demo", []),
+    (["--quick"], "quick", "runs/demo-quick", []),
+    (["--wide", "--seed", "7"], "wide", "runs/demo-wide", ["train.seeds=[7]"]),
+    (["--panel", "test-hard", "--constrain"], None, "runs/demo", ["evaluate.panels=['test-hard']", "policy={constrain='templates'}"]),
+    (["--wide", "--panel", "demo", "--out", "x"], "wide", "x", ["evaluate.panels=['demo']"]),
+    (["--controls"], None, "runs/demo", [f"evaluate.conditions={[*FIVE, *CONTROLS]}"]),
+    (["--quick", "--model", "some/model"], "quick", "runs/demo-quick", ["model=some/model", "train.config=paper", "train.change={max_steps=12, batch=4, save_steps=4}"]),
+    (["--model", "some/model", "--recipe", "nano", "--set", "memory.k=2"], None, "runs/demo", ["model=some/model", "memory.k=2"]),
 ])
-def test_the_options_of_the_demo_choose_a_plan_and_a_place(arguments, name, out, changed, tmp_path, monkeypatch):
-    import exprag.demo
-    asked = []
-    def written(place, plan, *rest):
-        asked.append((str(place), plan))
-        Path(place).mkdir(parents=True)
-        Path(place, "table.txt").write_text("")
-    monkeypatch.setattr(exprag.demo, "demo", written)
-    monkeypatch.chdir(tmp_path)
+def test_the_options_of_the_demo_choose_a_plan_and_a_place(arguments, size, out, changes, asked, capsys):
     assert main(["demo", *arguments]) == 0
-    assert asked == [(out, replace(exprag.demo.PLANS[name], **changed))]
+    (plan, place, until), = asked
+    name, own = demo_plan(size)
+    assert (plan, str(place.folder), until) == (load_plan(name, [*own, *changes]), out, "report")
+    assert "a table" in (said := capsys.readouterr().out) and f"Written to {out}/report-{plan.fingerprint}" in said
 
 
-def test_progress_tracking_is_a_plan_and_a_place_of_its_own(tmp_path, monkeypatch):
-    import exprag.demo
-    asked = []
-    monkeypatch.setattr(exprag.demo, "demo", lambda place, plan, *rest: asked.append((str(place), plan)) or Path(place).mkdir(parents=True) or Path(place, "table.txt").write_text(""))
-    monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--quick", "--track-progress", "--controls"]) == 0
-    (place, plan), = asked
-    assert place == "runs/demo-quick-tracked" and plan.track_progress and plan.conditions == (*FIVE, *CONTROLS, exprag.demo.TRACKED_REPLAY)
+def test_progress_tracking_is_a_plan_and_a_place_of_its_own(asked):
+    assert main(["demo", "--quick", "--track-progress", "--controls", "--constrain"]) == 0
+    (plan, place, _), = asked
+    assert str(place.folder) == "runs/demo-quick-tracked" and plan.name == "demo-quick-tracked" and "track_progress" in plan.memory.stages
+    assert plan.evaluate.conditions == (*FIVE, *CONTROLS) and len(variants(plan)) == 9 and plan.policy == {"avoid_rejected": True, "constrain": "templates"}
 
 
 def test_the_help_says_how_many_conditions_there_are(capsys):

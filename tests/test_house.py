@@ -12,7 +12,7 @@ from _book.checking import RULES
 from _book.notebooks import Book
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ["torch", "transformers", "faiss", "peft", "sentence_transformers", "datasets", "py4j", "scienceworld", "matplotlib", "pyarrow", "textworld", "alfworld", "openai", "fastapi", "ray"]
+HEAVY = ["torch", "transformers", "faiss", "peft", "sentence_transformers", "datasets", "py4j", "scienceworld", "matplotlib", "pyarrow", "textworld", "alfworld", "openai", "fastapi", "psycopg", "ray"]
 SECONDS = 0.5
 MODULES = sorted(
     "exprag." + ".".join(path.relative_to(ROOT / "exprag").with_suffix("").parts)

@@ -248,3 +248,14 @@ def test_other_weights_have_another_name(store, reader):
         weight.add_(1e-3)
         assert Reranked(WordRetriever(store), reader).name != name
         weight.sub_(1e-3)
+
+
+def test_the_best_are_looked_up_by_number_and_not_by_going_through_a_key(store):
+    asked, rows = [], store.rows
+    try:
+        store.rows = lambda sql, *values: asked.append((sql, values)) or rows(sql, *values)
+        assert [store.get(h.id).goal for h in WordRetriever(store).search(ask("the turtle"), 1)] == ["Focus on the turtle."]
+    finally: del store.rows
+    (sql, values), = [(sql, values) for sql, values in asked if "number IN" in sql]
+    plan = " ".join(row[3] for row in store.rows(f"EXPLAIN QUERY PLAN {sql}", *values))
+    assert "SEARCH texts USING INTEGER PRIMARY KEY" in plan and "key=?" not in plan

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from trajectory_strategies import calm, example, text, trajectories
 
+from exprag.logs.messages import read_conversation, write_conversation
 from exprag.trajectory import TrajectoryError
 from exprag.views import from_messages, to_messages
 
@@ -59,3 +60,13 @@ def test_content_that_is_no_text_is_refused(content):
 def test_import_is_light():
     code = "import sys, exprag.views; print(any(m in sys.modules for m in ('torch', 'numpy', 'py4j')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_a_weight_is_kept_and_says_what_is_imitated():
+    """OpenAI's fine-tuning files mark what is not to be learnt with `weight: 0`, ShareGPT's with `loss: false`."""
+    said = [("user", "Open the door.", {}), ("assistant", "kick door", {"weight": 0}), ("user", "It stays closed.", {}), ("assistant", "open door", {"weight": 1})]
+    messages = [{"role": role, "content": text, **mark} for role, text, mark in said]
+    read = read_conversation(messages)
+    assert [s.imitated for s in read.steps] == [False, True] and write_conversation(read) == messages
+    marked = [{**{k: v for k, v in m.items() if k != "weight"}, **({"loss": False} if m.get("weight") == 0 else {})} for m in messages]
+    assert [m.get("weight") for m in write_conversation(read_conversation(marked))] == [None, 0, None, None]

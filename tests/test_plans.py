@@ -20,7 +20,7 @@ def test_every_shipped_plan_is_sound(name):
     assert len(set(names)) == len(names)
     world, tasks = load_world(plan.world), collect_tasks(plan)
     assert {t.fold for t in tasks} == {"train"} and len(set(tasks)) == len(tasks)
-    assert {t.type for t in tasks} <= set(world.easy + world.hard) - set(plan.collect.leave_out)
+    assert {t.type for t in tasks} <= set(world.easy + world.hard) - set(plan.leave_out)
     assert not {t for p in plan_panels(plan) for t in p} & set(tasks)
 
 
@@ -75,6 +75,29 @@ def test_what_is_wrong_is_said(tmp_path, text, said):
 def test_a_plan_that_is_not_there(tmp_path):
     with pytest.raises(PlanError, match="does not exist"): load_plan(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="did you mean 'paper-alfworld'"): load_plan("paper-alfwrld")
+
+
+def test_a_plan_can_be_of_some_types_only():
+    plan = load_plan("quick-shop", ["types=['count-orders', 'best-seller']", "evaluate.cap=3"])
+    (panel,), (whole,) = plan_panels(plan), plan_panels(load_plan("quick-shop"))
+    assert {t.type for t in collect_tasks(plan)} == {"count-orders", "best-seller"} >= {t.type for t in panel}
+    assert 0 < len(panel) < len(whole) and set(panel.tasks) <= set(whole.tasks) and set(panel.caps.values()) == {3}
+    assert set(panel.left_out) == {t.type for t in whole} - {t.type for t in panel}
+    less = load_plan("quick-shop", ["leave_out=['best-seller']"])
+    assert {t.type for t in collect_tasks(less)} == {t.type for t in collect_tasks(load_plan("quick-shop"))} - {"best-seller"}
+    with pytest.raises(PlanError, match="did you mean 'best-seller'"): load_plan("quick-shop", ["leave_out=['best-selle']"])
+
+
+def test_stages_are_named_varied_and_checked():
+    changes = ["memory.when='every 1'", "memory.stages=['track_progress', 'adapt_to_goal']",
+               "evaluate.vary=[{condition='replay', when=['once'], stages=[['adapt_to_goal'], []]}]"]
+    made = {v.condition.name: v for v in variants(load_plan("quick-shop", changes))}
+    assert made["ExpRAG-LoRA"].stages == ("track_progress", "adapt_to_goal") and made["zero-shot"].stages == ()
+    assert made["replay, when=once, stages=adapt_to_goal"].stages == ("adapt_to_goal",)
+    assert made["replay, when=once, stages=none"].stages == ()
+    for wrong, said in ((["memory.stages=['track_progres']"], "did you mean 'track_progress'"),
+                        (["memory.stages=['track_progress']"], "write when = 'every 1'")):
+        with pytest.raises(PlanError, match=said): load_plan("quick-shop", wrong)
 
 
 def test_k_zero_is_the_condition_without_its_memory():

@@ -196,3 +196,12 @@ def test_experience_is_written_in_its_own_view():
     shown = Experience(SOLVED, view="numbered", cursor=Cursor(first=2, offset=-2))
     assert "1: activate stove | The stove is now activated." in PromptFormat().system("scienceworld", [shown])
     assert PromptFormat().system("scienceworld", [Experience(SOLVED)]) == PromptFormat().system("scienceworld", [SOLVED])
+
+
+@pytest.mark.parametrize(("mark", "imitated"), [({"loss": False}, False), ({"weight": 0}, False), ({"loss": True}, True), ({"loss": None}, True), ({"weight": 1}, True), ({}, True)])
+def test_a_marked_step_is_seen_and_not_imitated(encoder, mark, imitated):
+    marked = replace(EPISODE, steps=(EPISODE.steps[0], replace(EPISODE.steps[1], extra=mark), EPISODE.steps[2]))
+    plain, made = encoder.encode(EPISODE), encoder.encode(marked)
+    assert made.ids == plain.ids and encoder.prompt(marked) == encoder.prompt(EPISODE)
+    lost = [i for i, (a, b) in enumerate(zip(plain.mask, made.mask)) if a != b]
+    assert [plain.ids[i] for i in lost] == ([] if imitated else encoder.action("go to kitchen"))

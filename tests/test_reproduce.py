@@ -1,5 +1,8 @@
 "A plan runs from nothing to a report; killed anywhere, it goes on, and the report is the same."
+import html
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,11 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
-from exprag.plans import PlanError, load_plan, variants
+from exprag.curves import curves, curves_said, curves_table
+from exprag.page import report_runs
+from exprag.plans import PlanError, load_plan, plan_panels, variants
 from exprag.reproduce import (Place, _policy, demonstrations, estimate, report_stage, reproduce, store_path,
                               training_samples)
+from exprag.results import load_results
+from exprag.sft import RunReport
 from exprag.store import Store
+from exprag.trajectory import read_jsonl
+from exprag.view.viewer import Guard, Viewer, application
+from exprag.view.viewer import Place as Place_
 
 CHANGES = ["train.change.max_steps=4", "train.change.save_steps=1", "evaluate.max_new_tokens=12",
            "collect.easy=3", "collect.hard=2",
@@ -62,6 +73,25 @@ def test_a_changed_condition_leaves_the_adapters(whole):
             queries[config["name"]] = config["memory"]["retriever"]["query"]
     assert queries["ExpRAG-LoRA"] == "goal"
     assert queries["ExpRAG-LoRA, when=every 1"] == "so_far"  # a goal would never change
+
+
+def test_the_oracle_and_a_memory_that_follows_the_agent_are_plans_too(whole):
+    folder, _ = whole
+    plan = load_plan("quick-shop", [*CHANGES, "memory.when='every 1'", "memory.stages=['track_progress', 'adapt_to_goal']",
+                                    "train.pair='procedure'", "evaluate.conditions=['replay', 'oracle experience']",
+                                    "evaluate.vary=[{condition='replay', when=['once'], stages=[['adapt_to_goal']]}]"])
+    text = reproduce(plan, place(folder))
+    assert all(name in text for name in ("oracle experience", "replay", "replay, when=once, stages=adapt_to_goal"))
+    asked = {}
+    for path in (folder / "episodes").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        asked[config["name"]] = [stage["stage"] for stage in config["memory"].get("stages", ())], config["memory"].get("retriever")
+    tracked, static = asked["replay"][0], asked["replay, when=once, stages=adapt_to_goal"][0]
+    assert static == ["exclude_same_task", "successes_only", "top_k", "adapt_to_goal"] and "drop_rejected" in tracked
+    assert asked["oracle experience"][0] == tracked and asked["oracle experience"][1]["retriever"] == "oracle"
+    oracle, = folder.glob("oracle-*.jsonl")
+    paths, refused = read_jsonl(oracle)
+    assert {t.task for t in paths} == set(plan_panels(plan)[0]) and not refused
 
 
 def test_a_share_of_the_demonstrations_has_other_words_where_a_condition_wants_it(whole):
@@ -137,7 +167,27 @@ def test_a_curve_over_epochs_comes_from_one_run(tmp_path):
                "evaluate.vary=[{condition='LoRA', epoch=[1, 2]}]"]
     text = reproduce(load_plan("quick-shop", changes), place(tmp_path))
     assert "LoRA, epoch=1" in text and "LoRA, epoch=2" in text
-    assert len(list((tmp_path / "adapters").iterdir())) == 1
+    adapters, = (tmp_path / "adapters").iterdir()
+    results = load_results(tmp_path / "episodes")
+    curve, = curves(results)  # the last epoch was run under two names, and stands in it once
+    assert curve.condition == "LoRA" and curve.names == {1: "LoRA, epoch=1", 2: "LoRA"}
+    report = RunReport.read(adapters)
+    steps = {x["step"]: (x["loss"], x["supervised"]) for x in report.losses}
+    first = [steps[n] for n in range(1, report.epochs[1] + 1)]
+    assert curve.losses[1] == pytest.approx(sum(a * b for a, b in first) / sum(b for _, b in first))
+    assert str(curves_table(results)) in text and list(tmp_path.glob("report-*/*-epochs.png"))
+    (tmp_path / "other").mkdir()
+    for folder in (tmp_path / "episodes").iterdir(): shutil.copytree(folder, tmp_path / "other" / folder.name)
+    written, = tmp_path.glob("report-*/report.html")
+    pages = [written.read_text("utf-8"), report_runs(tmp_path / "other").read_text("utf-8")]
+    guarded = TestClient(Guard(application(Viewer(Place_.open(tmp_path))), "t", 8000), base_url="http://127.0.0.1:8000")
+    pages.append(guarded.get("/runs?token=t").text)
+    words = html.escape(curves_said(results))
+    figures = {re.search(f'alt="{re.escape(words)}" src="data:image/png;base64,([^"]+)"', page)[1] for page in pages}
+    assert len(figures) == 1 and "on hard types (unseen), training loss" in words  # the report, `exprag report` and the viewer: one figure
+    assert all(page.count("Over epochs") == 1 and page.count(f"<td>{curve.losses[2]:.3f}</td>") == 1 for page in pages)
+    for path in (tmp_path / "other").glob("*/epoch.json"): path.unlink()
+    assert "Over epochs" not in report_runs(tmp_path / "other").read_text("utf-8")
 
 
 def test_the_plans_template_is_read_in_training_and_in_acting(whole, tmp_path):

@@ -308,3 +308,22 @@ def test_what_was_written_about_episodes_is_not_translated(tmp_path):
         assert [render(e, view) for e in memory.recall(agent)] == ["somebody's words"]
         with pytest.raises(ValueError, match="another grammar than 'move'.*write it from translated episodes, or show another view"):
             memory.recall(replace(agent, settings={"grammar": "move"}))
+
+
+def test_where_nothing_has_succeeded_the_pool_does_not_grow(tmp_path):
+    class Counts(Retriever):
+        fetched = 0
+        def fetch(self, hit): self.fetched += 1; return super().fetch(hit)
+
+    with Store(tmp_path / "failures.db") as store:
+        store.add_many([episode(i, success=False) for i in range(100)], namespace="mine")
+        store.add(episode(200, world="alfworld"))
+        memory = Memory(retriever := Counts(store, Letters()))
+        found = memory.recall(standing("boil"))
+        assert not found.ids and len(found.dropped) == retriever.fetched == memory.pool and found.dropped[0].stage == "successes_only"
+        store.add_many([episode(300, goal="zzz")], namespace="theirs")  # the farthest
+        assert Memory(retriever).recall(standing("boil")).ids == (episode(300, goal="zzz").id,)
+        retriever.fetched = 0
+        assert not Memory(retriever, only={"namespace": "mine"}).recall(standing("boil")).ids and retriever.fetched == 20
+        retriever.fetched = 0  # failures are wanted as well: there is no reason to stop
+        assert len(Memory(retriever, (top_k(2),)).recall(standing("boil"))) == 2 and retriever.fetched == 20

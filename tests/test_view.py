@@ -365,6 +365,16 @@ class TestWhy:
         assert "is not recorded" in page and "What a memory would show" in page
         assert "does not say which memory" in made_again.said[1] and all(e.trajectory.provenance["author"] == "ann" for e in made_again.selection)
 
+    def test_a_stage_that_holds_a_table_is_named_with_what_it_does(self, store, client):
+        memory = self.memory(store)
+        about = {**memory.describe(), "stages": [{"stage": "by_utility", "weight": 0.3}, {"stage": "their_own"}, {"stage": "top_k", "k": 2}]}
+        t = made(207, goal="boil the substance 6", provenance={"memory": about, "retrieved": [made(0).id]})
+        store.add(t)
+        found, page = Explainer(store).why(t, 0, (made(0).id,)), client.get(f"/episode/{t.id}/why?at=0").text
+        assert [row[:2] for row in found.left] == [("by_utility", '{"weight":0.3}'), ("their_own", "{}")] and "with all stages" in found.said[0]
+        assert "<td>by_utility</td>" in page and "nearness and utility" in page and "does not have" in page
+        assert "<td>top_k</td>" not in page
+
     def test_episodes_that_came_later_are_no_candidates(self, store):
         time.sleep(0.02)
         t = made(205, goal="boil the substance 6", provenance={"author": "ann"})
@@ -469,6 +479,15 @@ class TestRuns:
         for n in (0, 1):
             assert "the memory shows the same: this is why" in client.get(f"/runs/0/0/{n}/why?at=0").text
         for way in ("/runs/1/0", "/runs/0/99", "/runs/0/0/9", "/runs/0/x"): assert client.get(way).status_code == 404
+
+    def test_an_agent_without_a_memory_was_not_asked_why(self, played, tmp_path):
+        shutil.copytree(played / "episodes", tmp_path / "episodes"), shutil.copy(played / "shop.db", tmp_path)
+        for path in (tmp_path / "episodes").glob("*/episodes.jsonl"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines: line["provenance"] |= {"memory": {"kind": "none"}, "retrieved": []}
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = client_of(tmp_path).get("/runs/0/0/1").text
+        assert "it was given no memory" in page and "Memory asked" not in page and "Why" not in page
 
     def test_a_run_being_played(self, played, tmp_path):
         shutil.copytree(played / "episodes", tmp_path / "episodes")
@@ -599,6 +618,43 @@ class TestBrowser:
             tab.click("text=Erase"), tab.click("button:text('Erase')")  # delete it
             assert "Erased" in tab.inner_text("[role=status] >> nth=0") and shown not in store
             assert not tab.alerts and {url.split("/")[2] for url in tab.asked} == {address.split("/")[2]}
+
+    def test_five_questions_of_runs_by_what_one_reads(self, tab, played, tmp_path):
+        """Somebody who has never seen it, from the printed address, by the words on the page: an agent of the shop failed."""
+        for path in played.iterdir(): shutil.copytree(path, tmp_path / path.name) if path.is_dir() else shutil.copy(path, tmp_path)
+        clicks = {}
+        with served(tmp_path) as address:
+            def ask(question, *words):
+                "Click on what says these words, one after the other; what the page then says."
+                tab.goto(address)
+                for word in words:
+                    there = tab.locator("a, button").filter(has_text=word)
+                    assert there.first.is_visible(), (question, word)
+                    there.first.click()
+                clicks[question] = len(words)
+                return tab.inner_text("main")
+            assert "where they failed" in ask("begin")
+            ask("begin", "Runs")
+            failed = tab.locator("td.bad a").first
+            cell, name = re.compile(f"^{failed.inner_text()}$"), failed.get_attribute("aria-label")
+            assert cell.pattern.startswith("^0, ") and "random experience" in name
+            text = ask("why did it fail", "Runs", cell)
+            assert "failure" in text and re.search(r"stopped by\s+(failure: ended by the world, unsolved|cap: no steps left)", text)
+            assert "random experience" in text
+            ask("what did it remember", "Runs", cell)
+            goal = tab.locator(".beside a").first.inner_text()
+            with Store(tmp_path / "shop.db") as store: assert goal in {store.get(id).goal for id in store.find()}
+            assert "the memory shows the same: this is why" in ask("why that", "Runs", cell, "Why this?")
+            text = ask("is it any good", "Runs", cell, goal)
+            assert "Is it any good?" in text and (counts := re.search(r"shown it: (\d+), of which (\d+) succeeded", text))
+            assert tab.locator("#experience ~ ol a[href^='/runs/']").count() == int(counts[1]) > int(counts[2])  # it failed at least once
+            id = tab.url.rpartition("/")[2].split("#")[0]
+            tab.locator("#experience ~ ol a[href^='/runs/']").first.click()  # and those who were shown it are one click away
+            assert goal in tab.inner_text("main") and "/runs/0/" in tab.url
+            with Store(tmp_path / "shop.db") as store: newest = Catalogue(store).page(size=1).rows[0]
+            assert "Erased" in ask("delete it", newest.goal, "Erase", "Erase") and newest.goal
+            with Store(tmp_path / "shop.db") as store: assert newest.id not in store and id
+        assert max(clicks.values()) <= 3 and not tab.alerts
 
     def test_search_filter_and_page_by_keyboard(self, tab, tmp_path):
         with Store(tmp_path / "many.db") as many: many.add_many(made(n) for n in range(120))

@@ -151,7 +151,7 @@ def _spoken(message: Mapping, where: str) -> tuple[str, str | None]:  # text, th
         own = "\n\n".join(t for t in texts if isinstance(t, str))
     return (text, own) if own else split_thought(text)
 
-# %% ../../nbs/logs/00_messages.ipynb #13630ad3
+# %% ../../nbs/logs/00_messages.ipynb #7fe1c435
 @dataclass
 class _Turn:
     "A turn of the agent, and what it saw after it."
@@ -161,16 +161,16 @@ class _Turn:
     ids: list  # of the calls, as they were written
     results: dict = field(default_factory=dict)  # number of the call -> texts
     users: list = field(default_factory=list)  # texts
-    marks: dict = field(default_factory=dict)  # `loss`, if it was there
+    marks: dict = field(default_factory=dict)  # `loss` and `weight`, where they were there
 
-# %% ../../nbs/logs/00_messages.ipynb #e9eae2e0
+# %% ../../nbs/logs/00_messages.ipynb #6f82f251
 def _turn_of(message: Mapping, where: str, number: int) -> _Turn:
     "The turn in a message of the agent."
     text, thought = _spoken(message, where)
     if not (calls := _calls_of(message, where, number)):
         text, tagged = _tagged_calls(text)
         calls = _calls_of({"tool_calls": tagged}, where, number)
-    marks = {"loss": message["loss"]} if "loss" in message else {}
+    marks = {k: message[k] for k in ("loss", "weight") if k in message}
     ids = [c["id"].removesuffix(f"#{k}") for k, c in enumerate(calls, 1)]  # as they were written
     return _Turn(text, thought, calls, ids, marks=marks)
 
@@ -377,12 +377,14 @@ def read_conversation(messages: Sequence[Mapping],  # OpenAI's chat messages, ho
     marked = (replace(s, extra=mark) if mark else s for s, mark in zip(made.steps, marks))
     return replace(made, steps=tuple(marked))
 
-# %% ../../nbs/logs/00_messages.ipynb #e9342129
+# %% ../../nbs/logs/00_messages.ipynb #093cc491
 def _write_turn(step: Step,
                 turns: list[dict],  # of this step, as `to_messages` gives them
                 last: bool) -> list[dict]:
     "The messages of a step."
     said, *seen = turns
+    if "weight" in step.extra or not step.imitated:
+        said = {**said, "weight": step.extra.get("weight", 0)}
     if step.tool_calls: said = {**said, "tool_calls": [*map(_usual_call, said["tool_calls"])]}
     if step.tool_calls and step.action == call_text(step.tool_calls):
         text = step.extra.get("said")

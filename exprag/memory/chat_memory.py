@@ -399,13 +399,13 @@ def _begun(trajectory: Trajectory, steps: int) -> str:
 # %% ../../nbs/memory/14_chat_memory.ipynb #cfe60b54
 def _about(trajectory: Trajectory) -> str: return digest([str(trajectory.task), trajectory.goal])
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #f7992804
+# %% ../../nbs/memory/14_chat_memory.ipynb #4f9595b3
 @patch
 def _receipts(self: ChatMemory, where: str, *values) -> list[Receipt]:
     "This memory's receipts that match, the latest first."
     if self.store.read_only: return []
     sql = ("SELECT id, conversation, (SELECT group_concat(id) FROM receipt_reads "
-           "WHERE receipt = receipts.id AND shown), steps, block, begun FROM receipts "
+           "WHERE receipt = receipts.id AND shown = 1), steps, block, begun FROM receipts "
            f"WHERE owner = ? AND {where} ORDER BY made DESC, id LIMIT 100")
     return [Receipt(id, name, tuple(sorted((ids or "").split(","))) if ids else (), *rest)
             for id, name, ids, *rest in self.store.rows(sql, self.owner, *values)]
@@ -461,7 +461,7 @@ def receipt(self: ChatMemory, of: Receipt | str  # a receipt, its id, or a conve
                      f"{self.options.namespace!r}: augment(messages, conversation=...) writes one, "
                      f"and it is kept for {_RECEIPT_DAYS} days")
 
-# %% ../../nbs/memory/14_chat_memory.ipynb #e17a25d5
+# %% ../../nbs/memory/14_chat_memory.ipynb #40f38e14
 @patch
 def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conversation's name
            success: bool | None  # None: it has ended, and nobody knows how
@@ -477,9 +477,9 @@ def settle(self: ChatMemory, of: Receipt | str,  # a receipt, its id, or a conve
                            [stamp, gain, found.id])
         if gain is not None and gain != before:
             connection.execute(
-                "INSERT INTO usage SELECT id, ?, ?, ? FROM receipt_reads WHERE receipt = ? AND "
-                f"shown {here} ON CONFLICT(id) DO UPDATE SET uses = uses + excluded.uses, "
-                "gain = gain + excluded.gain, last = max(last, excluded.last)",
+                "INSERT INTO usage AS u SELECT id, ?, ?, ? FROM receipt_reads WHERE receipt = ? "
+                f"AND shown = 1 {here} ON CONFLICT(id) DO UPDATE SET uses = u.uses + excluded.uses,"
+                " gain = u.gain + excluded.gain, last = max(u.last, excluded.last)",
                 [int(before is None), gain - (before or 0.0), stamp, found.id, place, place])
     return found
 

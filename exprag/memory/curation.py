@@ -224,7 +224,7 @@ def plan(store: Store,
 class StalePlan(StoreError):
     "The store has changed since the plan was made."
 
-# %% ../../nbs/memory/12_curation.ipynb #6d6fc3c6
+# %% ../../nbs/memory/12_curation.ipynb #6321a7e7
 def carry_out(store: Store, plan: Plan,
               scrub: bool = False  # also remove the bytes, which writes the file anew
              ) -> int:  # how many episodes went
@@ -233,7 +233,8 @@ def carry_out(store: Store, plan: Plan,
     uses = """SELECT id, uses, gain, last FROM usage
         WHERE id IN (SELECT value FROM json_each(?))"""
     add_uses = """INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET
-        uses = uses + excluded.uses, gain = gain + excluded.gain, last = max(last, excluded.last)"""
+        uses = usage.uses + excluded.uses, gain = usage.gain + excluded.gain,
+        last = max(usage.last, excluded.last)"""
     leave = "DELETE FROM namespaces WHERE id = ? AND name = ?"
     go = """DELETE FROM trajectories AS t WHERE id = ? AND (? IS NULL OR NOT EXISTS
         (SELECT 1 FROM namespaces WHERE id = t.id))"""  # what others hold stays theirs
@@ -276,7 +277,7 @@ def make_room(store: Store,
     if count <= most: return 0
     return curate(store, most - int(spare * most), namespace=namespace, **how)
 
-# %% ../../nbs/memory/12_curation.ipynb #d1bc0776
+# %% ../../nbs/memory/12_curation.ipynb #bbe962ba
 def coverage(store: Store,
              tasks: Iterable[Task] = (),  # to come: their types are listed in any case
              namespace: str | None = None  # None: the whole store
@@ -284,7 +285,7 @@ def coverage(store: Store,
     "What the store has of each task type; types of which it has nothing come first."
     where, values = _members(namespace)
     rows = store.rows(f"""SELECT world, type, count(*), count(DISTINCT variation),
-        sum(success IS 1), count(DISTINCT author) FROM trajectories {where}
+        count(CASE WHEN success = 1 THEN 1 END), count(DISTINCT author) FROM trajectories {where}
         GROUP BY world, type ORDER BY count(*), world, type""", *values)
     there = {(world, type) for world, type, *_ in rows}
     missing = [(*kind, 0, 0, 0, 0) for kind in sorted({(t.world, t.type) for t in tasks} - there)]

@@ -41,7 +41,7 @@ class Finder(Protocol):
     # within(namespace) -> a retriever that reads the episodes of this namespace only
     # follow(trajectories): called in the transaction that adds them
 
-# %% ../../nbs/memory/02_hybrid.ipynb #f6f740ad
+# %% ../../nbs/memory/02_hybrid.ipynb #abc4e938
 class WordRetriever:
     "Finds stored episodes by the words they share with the query: BM25."
     def __init__(self, store: Store,
@@ -74,8 +74,10 @@ class WordRetriever:
     def index(self, batch: int = 1000  # episodes a transaction
              ) -> int:  # how many were added
         "Give the store the texts that it lacks."
-        mark, count = self.store.changes(), 0
-        if self.store.derived(f"texts {self.key}", mark) is None:
+        with self.store.reading():  # no other thread writes between the two questions
+            mark, count = self.store.changes(), 0
+            whole = self.store.derived(f"texts {self.key}", mark)
+        if whole is None:
             count = self._add(self._missing(), batch)
             self.store.keep_derived(f"texts {self.key}", mark, "complete")
         self._made_from = mark

@@ -140,15 +140,17 @@ class Erased(NamedTuple):
     after: int
     files: tuple[str, ...] = ()  # index files removed
 
-# %% ../../nbs/memory/11_maintenance.ipynb #c5d0082c
+# %% ../../nbs/memory/11_maintenance.ipynb #5e25be73
 def _size(store: Store) -> int:
     "Bytes of the store's file and of its log."
+    if hasattr(store, "size"): return store.size()  # on a server
     paths = (Path(f"{store.path}{end}") for end in ("", "-wal"))
     return sum(path.stat().st_size for path in paths if path.exists())
 
-# %% ../../nbs/memory/11_maintenance.ipynb #23981bdb
+# %% ../../nbs/memory/11_maintenance.ipynb #5af4ab4c
 def finish_erasure(store: Store) -> tuple[str, ...]:  # index files removed
     "Do what an erasure has left: remove index files, write the store without what was deleted."
+    if hasattr(store, "scrub"): return store.scrub()  # on a server
     jobs = [job for job, in store.rows("SELECT job FROM unfinished ORDER BY job")]
     if not jobs: return ()
     removed = [name for job in jobs if (name := job.removeprefix("remove ")) != job]

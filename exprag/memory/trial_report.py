@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prices', 'Report', 'Command', 'memory_here', 'TrialPlan', 'run_plan']
 
-# %% ../../nbs/memory/17_trial_report.ipynb #c91063df
+# %% ../../nbs/memory/17_trial_report.ipynb #a7495d9a
 import json
 import os
 import re
@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -29,6 +28,7 @@ from .trial import (
 from ..query import Retriever, SentenceEncoder
 from ..store import Store
 from ..trajectory import FrozenMap, Table, canonical_json, digest, known, replacing
+from ..view.pieces import templates
 
 # %% ../../nbs/memory/17_trial_report.ipynb #1a1b34c1
 @dataclass(frozen=True)
@@ -221,39 +221,12 @@ def picture(self: Report) -> str:
             f'{text(left + width / 2, 200, "score with memory minus without, mean and interval")}'
             '</g></svg>')
 
-# %% ../../nbs/memory/17_trial_report.ipynb #b243f23b
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ccc; --soft: #f3f3f3 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #161616; --line: #444; --soft: #222 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 56rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.1rem; margin-top: 2rem }
-svg { width: 100%; max-width: 40rem; height: auto; display: block }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem }
-caption { caption-side: bottom; text-align: left; padding: .4rem 0 }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; overflow-wrap: break-word }
-@media (max-width: 36rem) { table { font-size: .8rem } th, td { padding: .25rem .4rem } }
-th { background: var(--soft) } .right :is(th, td):not(:first-child) { text-align: right }
-</style></head><body><h1>$title</h1>$body</body></html>
-""")
-
-# %% ../../nbs/memory/17_trial_report.ipynb #d788679e
+# %% ../../nbs/memory/17_trial_report.ipynb #cdcfb414
 @patch
 def page(self: Report) -> str:
     "One page without links or scripts; every text in it is escaped."
-    def section(name, table):
-        right = " right" if table.right else ""
-        return f'<h2>{escape(name)}</h2><div class="wide{right}">{table.html()}</div>'
-    parts = [section(*item) for item in self.tables().items()]
-    method = f"<h2>Method</h2><p>{escape(self.method())}</p>"
-    body = "".join([self.picture(), *parts, method])
-    return PAGE.substitute(title=escape(str(self.trial)), body=body)
+    return templates().get_template("trial.html.jinja").render(
+        title=str(self.trial), picture=self.picture(), tables=self.tables(), method=self.method())
 
 # %% ../../nbs/memory/17_trial_report.ipynb #1a7870aa
 @patch

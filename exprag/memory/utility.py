@@ -35,7 +35,7 @@ class Use:
         "The expected gain of the next use."
         return (self.gain + weight * prior) / (self.uses + weight)
 
-# %% ../../nbs/memory/10_utility.ipynb #5f2bfbdb
+# %% ../../nbs/memory/10_utility.ipynb #2b42d214
 def credit(store: Store,
            ids: Iterable[str],  # the episodes that were read; unknown ones are passed over
            gain: float,  # what came of it, such as 1.0 for success and 0.0 for failure
@@ -47,8 +47,8 @@ def credit(store: Store,
     stamp = time.time() if now is None else now
     insert = """INSERT INTO usage SELECT id, 1, ?, ? FROM trajectories AS t WHERE id = ? AND
         (? IS NULL OR EXISTS (SELECT 1 FROM namespaces WHERE name = ? AND id = t.id))
-        ON CONFLICT(id) DO UPDATE SET uses = uses + 1, gain = gain + excluded.gain,
-            last = max(last, excluded.last)"""
+        ON CONFLICT(id) DO UPDATE SET uses = usage.uses + 1, gain = usage.gain + excluded.gain,
+            last = max(usage.last, excluded.last)"""
     with store.writing() as connection:
         rows = [(float(gain), stamp, id, namespace, namespace) for id in set(ids)]
         return connection.executemany(insert, rows).rowcount

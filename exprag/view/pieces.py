@@ -6,7 +6,7 @@
 __all__ = ['PAGE_STEPS', 'templates', 'Piece', 'outcome', 'asked', 'episode', 'remembered', 'show_episode', 'step_rows', 'cell',
            'aligned', 'show_side_by_side', 'said', 'panel']
 
-# %% ../../nbs/view/00_pieces.ipynb #b7312b67
+# %% ../../nbs/view/00_pieces.ipynb #1bfbb8cc
 import base64
 import io
 import re
@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ..curves import curves_said, curves_table, plot_curves
 from ..logs.messages import call_text
 from ..results import (
-    MEASURES, Question, Results, answer, contrast_table, endings_table, plot_results,
+    ENDINGS, MEASURES, Question, Results, answer, contrast_table, endings_table, plot_results,
     results_table, types_table)
 from ..store import author_of
 from ..trajectory import Step, Task, Trajectory, canonical_json, thaw
@@ -106,14 +107,15 @@ def asked(trajectory: Trajectory) -> list[tuple[int, tuple[str, ...]]]:  # (step
         if isinstance(about.get(name), tuple): return [(0, tuple(map(str, about[name])))]
     return []
 
-# %% ../../nbs/view/00_pieces.ipynb #9cb95e87
+# %% ../../nbs/view/00_pieces.ipynb #3140e845
 def _facts_of(trajectory: Trajectory) -> list[tuple[str, str]]:
     "What an episode's provenance says, for its head."
     about = trajectory.provenance
     facts = [("author", author_of(trajectory) or "unknown"),
              ("steps", f"{len(trajectory):,}")]
     if trajectory.score is not None: facts.append(("score", f"{trajectory.score:g}"))
-    if about.get("stop"): facts.append(("stopped by", str(about["stop"])))
+    if stop := str(about.get("stop") or ""):
+        facts.append(("stopped by", f"{stop}: {ENDINGS[stop]}" if stop in ENDINGS else stop))
     tokens = about.get("tokens")
     if isinstance(tokens, Mapping) and any(tokens.values()):
         facts.append(("tokens", ", ".join(f"{v} {k}" for k, v in tokens.items() if v)))
@@ -208,21 +210,25 @@ def said(results: Results, question: Question) -> str:
     if low <= 0 <= high: return f"{text} This does not tell them apart."
     return f"{text} {question.a if low > 0 else question.b} is better."
 
-# %% ../../nbs/view/00_pieces.ipynb #469b2eab
-def _figure(results: Results, measure: str) -> str:  # base64 of a PNG
-    "The bars of all conditions."
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.5, 0.6 + 0.35 * len(results.names) * len(results.difficulties)))
+# %% ../../nbs/view/00_pieces.ipynb #b9623232
+def _png(figure) -> str:  # base64
+    "A figure of matplotlib."
     out = io.BytesIO()
-    plot_results(results, measure, ax=figure.subplots())
     figure.savefig(out, format="png", dpi=120, bbox_inches="tight")
     return base64.b64encode(out.getvalue()).decode()
 
-# %% ../../nbs/view/00_pieces.ipynb #a305914b
+# %% ../../nbs/view/00_pieces.ipynb #7d81129e
 def panel(results: Results, question: Question, others: Sequence[Question] = ()) -> dict:
-    "The answer, the tables and the figure of a panel, for the macro `panel`."
+    "The answer, the tables and the figures of a panel, for the macro `panel`."
+    from matplotlib.figure import Figure
     parts = (results_table(results, d, seconds=True) for d in results.difficulties)
+    count = len(results.difficulties)
+    bars, lines = Figure(figsize=(6.5, 0.6 + 0.35 * len(results.names) * count)), None
+    plot_results(results, question.measure, ax=bars.subplots())
+    if words := curves_said(results):
+        figure = plot_curves(results, figure=Figure(figsize=(3.3 * count + 3.3, 3)))
+        lines = {"said": words, "table": curves_table(results), "figure": _png(figure)}
     return {"answer": said(results, question), "measure": MEASURES[question.measure],
             "tables": [contrast_table(results, question, others), *parts,
                        types_table(results, question.measure), endings_table(results)],
-            "figure": _figure(results, question.measure)}
+            "figure": _png(bars), "curves": lines}

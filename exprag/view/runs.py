@@ -175,12 +175,15 @@ def parts(self: PanelNow, question: Question = PRIMARY) -> dict:
         return {**made, "panel": {**shown, "tables": there}}
     except (ValueError, KeyError) as error: return {**made, "wrong": str(error)}
 
-# %% ../../nbs/view/03_runs.ipynb #f6158c1e
+# %% ../../nbs/view/03_runs.ipynb #00172a6e
 @patch
-def matrix(self: PanelNow, link=lambda n: ""  # the number of a task -> an address
+def matrix(self: PanelNow,
+           link=lambda n, k: ""  # the numbers of a task, and of a run or None -> an address
           ) -> list[dict]:
     "Every task with the score of every run, for the macro `matrix`."
-    return [{"name": str(task), "href": link(n), "cells": [cell(t) for t in self.several(task)]}
+    return [{"name": str(task), "href": link(n, None),
+             "cells": [{**cell(t), "href": link(n, k)} if t is not None else cell(t)
+                       for k, t in enumerate(self.several(task))]}
             for n, task in enumerate(self.tasks)]
 
 # %% ../../nbs/view/03_runs.ipynb #f5511762

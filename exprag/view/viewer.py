@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'Guard', 'Viewer', 'application', 'serve']
 
-# %% ../../nbs/view/04_viewer.ipynb #6ef1f19e
+# %% ../../nbs/view/04_viewer.ipynb #a7effef5
 import mmap
 import os
 import secrets
@@ -25,13 +25,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from ..curves import EpochNote
 from ..memory.curation import let_in, shut_out
 from ..memory.maintenance import erase, index_files
 from ..store import Store, StoreError, UnknownTrajectory, author_of
 from ..trajectory import Table, Trajectory, known
 from .catalogue import (
     OUTCOMES, STATES, Catalogue, Experienced, Filters, Row, redact, redacted)
-from .pieces import PAGE_STEPS, aligned, episode, remembered, templates
+from .pieces import PAGE_STEPS, aligned, episode, outcome, remembered, templates
 from .runs import PanelNow, RunFolder
 from .why import Explainer, when_asked
 
@@ -245,30 +246,31 @@ _DONE = {"erased": "Erased: the episode, all that was derived from it, and its b
          "shut-out": "Shut out: no memory shows this episode until it is let in again.",
          "let-in": "Let in: memories may show this episode again."}
 
-# %% ../../nbs/view/04_viewer.ipynb #0031b7ab
+# %% ../../nbs/view/04_viewer.ipynb #312b3ae8
 @patch
 def _episode(self: Viewer, request: Request, t: Trajectory, base: str, ways: list,
              facts: Sequence, **more) -> Response:
     "An episode of the store or of a run, at the address `base`."
     first = _number(request.query_params.get("first"))
-    asks = when_asked(t, self.place.store)
+    kind = memory.get("kind") if isinstance(memory := t.provenance.get("memory"), Mapping) else ""
+    asks = when_asked(t, self.place.store) if kind != "none" else []
     goals = self.goals({id for _, ids in asks for id in ids})
     last, turns = len(t), []
     end = max(0, last - 1) // PAGE_STEPS * PAGE_STEPS
     if first: turns.append(("Earlier steps", f"{base}?first={max(0, first - PAGE_STEPS)}#steps"))
     if first + PAGE_STEPS < last:
         turns.append(("Later steps", f"{base}?first={first + PAGE_STEPS}#steps"))
-    if last: ways = [("How it ended", f"{base}?first={end}#step-{last}" if end else
-                      f"#step-{last}"), *ways]
+    if last: ways = [("How it ended", f"{base}?first={end}" * bool(end) + f"#step-{last}"), *ways]
     why = (lambda at: f"{base}/why?at={at}") if self.explainer else None
-    if not asks:
+    if kind == "none": facts = [*facts, ("memory", "none: it was given no memory")]
+    elif not asks:
         facts = [*facts, ("memory", "what it was shown is not recorded")]
         if why: ways = [*ways, ("What a memory would show", why(0))]
     return self.shown("episode", t.goal or "Episode", it=episode(t, goals, facts, first, asks),
                       ways=ways, turns=turns, link=_at, why=why,
                       **{"seen": None, "shut_out": "", **more})
 
-# %% ../../nbs/view/04_viewer.ipynb #55082abd
+# %% ../../nbs/view/04_viewer.ipynb #b2f78276
 @patch
 def one(self: Viewer, request: Request) -> Response:
     "An episode of the store."
@@ -278,30 +280,28 @@ def one(self: Viewer, request: Request) -> Response:
     facts = [("id", id), *[("namespaces", ", ".join(names))] * bool(names)]
     seen = self.catalogue.as_experience(t, seconds=20.0 if "all" in q else 0.5)
     shut = store.shut_outs().get(id, "")
-    ways = [("As experience", "#experience"), ("Change or delete", "#change")]
+    ways = [("Is it any good?", "#experience"), ("Change or delete", "#change")]
     return self._episode(request, t, _at(id), ways, facts, seen=self._seen(t, seen, bool(shut)),
                          shut_out=shut, done=_DONE.get(q.get("done"), ""))
 
-# %% ../../nbs/view/04_viewer.ipynb #f77ac0a6
+# %% ../../nbs/view/04_viewer.ipynb #e9e27f37
 @patch
 def _seen(self: Viewer, t: Trajectory, seen: Experienced, shut: bool) -> dict:
     "What came of an episode as experience, for the template."
     use, author, id = seen.use, author_of(t), t.id
     worth = (f"{use.utility():.2f}, from {use.uses} uses with gains of {use.gain:g} together"
-             if use else "0.50 by default: no use of it is recorded")
+             if use else "0.50 by default: no conversation has reported how a use of it ended")
     whose = (f"{author}: memories of others show it where they trust this author (exprag mcp "
              f"--trust, or Trust)" if author else "unknown: a chat memory shows it only where its "
              "Trust names what is unknown")
     tables = [Table(("conversation", "when", "what came of it"), seen.conversations,
                     "Conversations that read it, in the last thirty days.", right=False)]
-    rows = [(panel.name, name, str(panel.tasks[n]), ending(e)) for panel in self._all_panels()
-            for name, n, e in panel.show_to(id)]
-    tables.append(Table(("panel", "condition", "task", "what came of it"), tuple(rows[:200]),
-                        f"Episodes of runs that were shown it: {len(rows):,}, of which "
-                        f"{sum(r[3] == 'success' for r in rows):,} succeeded.", right=False))
-    actions = [("Redact", _at(id, "redact"), ""), ("Erase", _at(id, "erase"), "danger")]
-    actions.insert(0, ("Let in", _at(id, "let-in"), "") if shut else
-                   ("Shut out", _at(id, "shut-out"), ""))
+    runs = [(f"{name}: {panel.tasks[n]}", outcome(e.success, e.score),
+             f"/runs/{m}/{n}/{panel.columns.index(name)}")
+            for m, panel in enumerate(self._all_panels()) for name, n, e in panel.show_to(id)]
+    good = sum(how["text"] == "success" for _, how, _ in runs)
+    actions = [(name, _at(id, name.lower().replace(" ", "-")), "danger" * (name == "Erase"))
+               for name in ("Let in" if shut else "Shut out", "Redact", "Erase")]
     lists = [("Stored episodes that were shown it", seen.readers),
              ("Other attempts at this task", seen.attempts),
              ("Siblings: other tasks with this goal", seen.siblings)]
@@ -310,26 +310,22 @@ def _seen(self: Viewer, t: Trajectory, seen: Experienced, shut: bool) -> dict:
     more = [(f"{seen.unsearched:,} episodes were not looked through for readers and siblings, for "
              "time.", _at(id, all=1) + "#experience")] if seen.unsearched else []
     return {"facts": [("utility", worth), ("author", whose)], "lists": lists, "beside": pairs,
-            "tables": [t for t in tables if t.rows], "actions": actions, "more": more}
+            "tables": [t for t in tables if t.rows], "actions": actions, "more": more,
+            "runs": runs[:200], "counts": f"{len(runs):,}, of which {good:,} succeeded"}
 
-# %% ../../nbs/view/04_viewer.ipynb #1b4c715d
-def ending(t: Trajectory) -> str:
-    "How an episode ended, in a word."
-    return {True: "success", False: "failure", None: "unknown"}[t.success]
-
-# %% ../../nbs/view/04_viewer.ipynb #28b0230c
+# %% ../../nbs/view/04_viewer.ipynb #5c1125e1
 @patch
 def beside(self: Viewer, request: Request) -> Response:
     "Two episodes of the store, step by step."
     two = [self.place.store.get(self.catalogue.find(request.path_params[name]))
            for name in ("id", "other")]
-    names = [f"{t.id[:8]}: {ending(t)}" for t in two]
+    names = [f"{t.id[:8]}: {outcome(t.success, t.score)['text']}" for t in two]
     ids = [id for t in two for _, ids in when_asked(t, self.place.store) for id in ids]
     return self.shown("beside", two[0].goal, it=aligned(two[0].task, two, self.goals(ids)),
                       columns=names, link=_at, turns=[], live=None,
                       ways=[(n, _at(t.id)) for n, t in zip(names, two)])
 
-# %% ../../nbs/view/04_viewer.ipynb #3c733ebc
+# %% ../../nbs/view/04_viewer.ipynb #ff760698
 @patch
 def _why(self: Viewer, request: Request, t: Trajectory, base: str) -> Response:
     "Why the memory of an episode showed what it showed."
@@ -338,7 +334,7 @@ def _why(self: Viewer, request: Request, t: Trajectory, base: str) -> Response:
     at, store = _number(request.query_params.get("at")), self.place.store
     ids = dict(when_asked(t, store)).get(at, ())
     with self._lock: made = self.explainer.why(t, at, ids)
-    return self.shown("why", "Why", it={"said": made.said, "rows": made.rows(store)}, back=base,
+    return self.shown("why", "Why", it=made.given(store), back=base,
                       goal=t.goal, number=at, shown=remembered(ids, self.goals(ids)), link=_at)
 
 # %% ../../nbs/view/04_viewer.ipynb #6955b64b
@@ -418,11 +414,12 @@ def _all_panels(self: Viewer) -> list[PanelNow]:
     "The panels of the runs, if there are any."
     return self.place.runs.panels() if self.place.runs else []
 
-# %% ../../nbs/view/04_viewer.ipynb #6c63afc1
+# %% ../../nbs/view/04_viewer.ipynb #4cd0e2cb
 @patch
 def _parts(self: Viewer, panel: PanelNow) -> dict:
     "What is shown of a panel; tables are made again when a run has come further."
-    key = tuple((p.run.folder.name, len(p.run.episodes), p.playing) for p in panel.played)
+    key = tuple((p.run.folder.name, len(p.run.episodes), p.playing, EpochNote.of(p.run))
+                for p in panel.played)
     if self._panels.get(panel.name, (None,))[0] != key:
         self._panels[panel.name] = key, panel.parts()
     return self._panels[panel.name][1]
@@ -439,14 +436,15 @@ def _live(request: Request, playing: bool) -> tuple[dict | None, dict]:  # for t
     return {"said": f"A run is being played; this page is made anew every {REFRESH} seconds.",
             "href": f"{path}?still=1", "name": "Stop that"}, {"refresh": str(REFRESH)}
 
-# %% ../../nbs/view/04_viewer.ipynb #557d3fb0
+# %% ../../nbs/view/04_viewer.ipynb #75060c76
 @patch
 def runs(self: Viewer, request: Request) -> Response:
     "Every panel: how far it is, the tables and figure, task by task."
     panels = self._all_panels()
     live, headers = _live(request, any(p.playing for p in panels))
     made = [{**self._parts(p), "columns": p.columns,
-             "tasks": p.matrix(lambda n, m=m: f"/runs/{m}/{n}")} for m, p in enumerate(panels)]
+             "tasks": p.matrix(lambda n, k, m=m: f"/runs/{m}/{n}" + f"/{k}" * (k is not None))}
+            for m, p in enumerate(panels)]
     page = self.shown("runs", "Runs", "Runs", panels=made, live=live)
     page.headers.update(headers)
     return page

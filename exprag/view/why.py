@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['when_asked', 'CannotBuild', 'Why', 'Explainer', 'show_why']
 
-# %% ../../nbs/view/02_why.ipynb #7b57f41a
+# %% ../../nbs/view/02_why.ipynb #a4e3eadf
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -19,7 +19,7 @@ from ..memory.hybrid import FusedRetriever, WordRetriever
 from ..query import Retriever, SentenceEncoder
 from ..select import DEFAULT_STAGES, Memory, Selection, Stage, successes_only, top_k
 from ..store import Store, author_of
-from ..trajectory import Trajectory, thaw
+from ..trajectory import Table, Trajectory, canonical_json, thaw
 from .catalogue import Catalogue, NotPrepared
 from .pieces import Piece, asked
 
@@ -67,17 +67,35 @@ def _stage(described: Mapping) -> Stage | None:  # None: it cannot be built from
     module, takes = _STAGES[name]
     return getattr(import_module(module), name)(**{k: settings[k] for k in takes})
 
+# %% ../../nbs/view/02_why.ipynb #0b6c62e4
+_NAMED = {"token_budget": "exprag.select", "mmr": "exprag.memory.diversity",
+          "by_utility": "exprag.memory.utility", "fit_budget": "exprag.memory.budget",
+          "own_sources": "exprag.memory.curation", "exclude_same_goal": "exprag.memory.trial"}
+# stages that hold a function or a table
+
+def _left_out(described: Mapping) -> list[tuple[str, str, str]]:  # name, settings, what it does
+    "The stages of a memory's description that cannot be built from it."
+    rows = []
+    for one in described.get("stages", ()):
+        name, settings = one.get("stage"), {k: v for k, v in one.items() if k != "stage"}
+        if name == "trusted" or name in _STAGES: continue
+        what = "A stage that this package does not have."
+        if name in _NAMED: what = getattr(import_module(_NAMED[name]), name).__doc__
+        rows.append((str(name), canonical_json(settings).decode("ascii")[:300], what))
+    return rows
+
 # %% ../../nbs/view/02_why.ipynb #45775bdb
 class CannotBuild(ValueError):
     "A memory that cannot be built from its description; the message says why."
 
-# %% ../../nbs/view/02_why.ipynb #af33239f
+# %% ../../nbs/view/02_why.ipynb #a972e295
 @dataclass(frozen=True)
 class Why:
     "What a memory answered when it was asked again."
     shown: tuple[str, ...]  # what was recorded, by id
     selection: Selection | None  # None: it could not be asked
     said: tuple[str, ...]  # how the two compare, and what could not be built
+    left: tuple[tuple[str, str, str], ...] = ()  # stages that were left out: see `_left_out`
 
     @property
     def same(self) -> bool:
@@ -94,6 +112,14 @@ class Why:
                  "taken": what == "taken", "recorded": by_start[start].id in self.shown,
                  "there": by_start[start].id in store}
                 for rank, score, start, task, what, why in self.selection.explain(50).rows]
+
+    def given(self, store: Store) -> dict:
+        "For the macro `why`."
+        left = Table(("left out", "settings", "what it does"), self.left,
+                     "Stages of the memory that hold a function or a table, and so cannot be built "
+                     "from a description. What they dropped or moved is not shown here.",
+                     right=False)
+        return {"said": self.said, "rows": self.rows(store), "left": left if self.left else None}
 
 # %% ../../nbs/view/02_why.ipynb #300ce4da
 class Explainer:
@@ -172,7 +198,7 @@ def _usual(self: Explainer, trajectory: Trajectory, only: Mapping) -> tuple[Memo
         f"The episode does not say which memory it had; this is what {whose} with the usual "
         f"settings answers, by {by}."]
 
-# %% ../../nbs/view/02_why.ipynb #49a48ad4
+# %% ../../nbs/view/02_why.ipynb #750bd13d
 @patch
 def why(self: Explainer, trajectory: Trajectory,
         at: int = 0,  # steps done when the memory was asked
@@ -195,15 +221,17 @@ def why(self: Explainer, trajectory: Trajectory,
     except (TypeError, LookupError, AttributeError) as error:
         return Why(tuple(shown), None, ("The memory cannot be asked again: its description is not "
                                         f"one of a memory ({type(error).__name__}: {error}).",))
-    made = Why(tuple(shown), found, ())
+    left = _left_out(described) if isinstance(described, Mapping) else ()
+    made = Why(tuple(shown), found, (), tuple(left))
     return replace(made, said=(self._compared(made, described), *more, *said))
 
-# %% ../../nbs/view/02_why.ipynb #a4890248
+# %% ../../nbs/view/02_why.ipynb #baed4f6a
 @patch
 def _compared(self: Explainer, made: Why, described: Mapping | None) -> str:
     "How an answer compares with what was recorded."
     if made.same: return "Asked again, the memory shows the same: this is why."
     names = ", ".join(id[:8] for id in made.shown) or "nothing"
+    if made.left: names += " (with all stages)"
     gone = [id[:8] for id in made.shown if id not in self.store]
     text = f"Recorded was {names}; asked again, the memory answers otherwise."
     if gone: return f"{text} The store has changed: {', '.join(gone)} is no longer in it."
@@ -214,9 +242,9 @@ def _compared(self: Explainer, made: Why, described: Mapping | None) -> str:
     if recorded != self.store.fingerprint(): return f"{text} The store has changed since."
     return f"{text} The store has the same episodes as then."
 
-# %% ../../nbs/view/02_why.ipynb #05a45535
+# %% ../../nbs/view/02_why.ipynb #519dc677
 def show_why(explainer: Explainer, trajectory: Trajectory, at: int = 0) -> Piece:
     "The answer, as a notebook shows it."
     shown = dict(when_asked(trajectory, explainer.store)).get(at, ())
     made = explainer.why(trajectory, at, shown)
-    return Piece("why", ({"said": made.said, "rows": made.rows(explainer.store)},))
+    return Piece("why", (made.given(explainer.store),))

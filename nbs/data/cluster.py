@@ -1,4 +1,4 @@
-"""What a cluster costs and gives, for nbs/models/12_ray.ipynb: python nbs/data/cluster.py, with a cluster at RAY_ADDRESS or none.
+"""What a cluster costs and gives, for nbs/models/13_ray.ipynb: python nbs/data/cluster.py, with a cluster at RAY_ADDRESS or none.
 
 Paired: the same work in this process and in an actor, in turn, so that both see the same machine.
 """
