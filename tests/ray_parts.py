@@ -66,6 +66,10 @@ def once(mark: Path) -> bool:
     return True
 
 
+def lines(path: Path) -> list[str]: return path.read_text().splitlines() if path.exists() else []
+def pids(folder: Path) -> set[int]: return {int(line.split(" ")[1]) for line in lines(folder / "played.txt")}
+
+
 def note(path: Path, text: str) -> None:
     with open(path, "a") as file: file.write(text + "\n")
 
@@ -81,8 +85,8 @@ def expert(env, task, folder: Path, seconds: float = 0.0, kills: bool = False):
 class Scripted:
     "Looks at the tables and their schema, and answers with a number that depends on all it has read."
     name, batch_size = "scripted", 2
-    def __init__(self, folder: Path, seconds: float = 0.0, kills: bool = False, differs: bool = False):
-        self.folder, self.seconds, self.kills, self.keys = folder, seconds, kills, set()
+    def __init__(self, folder: Path, seconds: float = 0.0, kills: bool = False, differs: bool = False, together: int = 1):
+        self.folder, self.seconds, self.kills, self.together, self.keys = folder, seconds, kills, together, set()
         self.word = str(os.getpid()) if differs else ""
     def reset(self): self.keys.clear()
     def describe(self): return {"name": self.name, "weights": "none" + self.word}
@@ -91,6 +95,8 @@ class Scripted:
         if self.kills and any(t.steps for t in trajectories) and once(self.folder / "killed"): os.kill(os.getpid(), signal.SIGKILL)
         for t in trajectories:
             if not t.steps: note(self.folder / "played.txt", f"{t.task} {os.getpid()}")
+        until = time.monotonic() + 300  # a copy that is quick would else have played all before another has started
+        while len(pids(self.folder)) < self.together and time.monotonic() < until: time.sleep(0.05)
         return [self.action(t, list(e)) for t, e in zip(trajectories, experiences)]
     def action(self, trajectory, found):
         if not trajectory.steps: return Action("tables", 1, 1, 1)

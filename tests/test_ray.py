@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_parts import HERE, Scripted, cluster, collect_all, evaluate_all, expert, falling, panel  # first: it sets what Ray reads
+from ray_parts import HERE, Scripted, cluster, collect_all, evaluate_all, expert, falling, lines, panel, pids  # first: it sets what Ray reads
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'exprag[ray]'")
 
@@ -48,9 +48,7 @@ def alone() -> dict:
 
 
 def kept(run) -> list: return read_episodes(run.folder / "episodes.jsonl")
-def lines(path: Path) -> list[str]: return path.read_text().splitlines() if path.exists() else []
 def played(folder: Path) -> list[str]: return [line.split(" ")[0] for line in lines(folder / "played.txt")]
-def pids(folder: Path) -> set[int]: return {int(line.split(" ")[1]) for line in lines(folder / "played.txt")}
 
 
 def there(pid: int) -> bool:
@@ -108,7 +106,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("copies", [1, 2, 3])
 def test_the_same_answers_with_any_number_of_policies(nodes, tmp_path, plain, copies):
-    policy = RayPolicy(partial(Scripted, tmp_path), copies)
+    policy = RayPolicy(partial(Scripted, tmp_path, together=copies), copies)
     run = evaluate_all(tmp_path, policy, rollout=ray_rollout)
     policy.close()
     assert {t.task: digits(t) for t in kept(run)} == plain and len(plain) == 8
