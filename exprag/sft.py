@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_name', 'base_manifest', 'RunReport', 'TrainOptions', 'train']
 
-# %% ../nbs/10_sft.ipynb #d72ee973
+# %% ../nbs/10_sft.ipynb #d8618dcd
 import hashlib
 import json
 import math
@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -28,7 +28,7 @@ from .audit import Manifest
 from .samples import (SFTConfig, Sample, check_samples, collate, epoch_ends, kept_epochs,
                             loss_divisor, micro_batches, plan_steps, planned_tokens,
                             shared_losses, supervised_loss)
-from .trajectory import digest, write_json
+from .trajectory import alone_in, digest, write_json
 
 # %% ../nbs/10_sft.ipynb #d0a80eec
 def model_path(name: str  # of a model in the package or the cache, a folder, or a hub name
@@ -474,7 +474,7 @@ class TrainOptions:
     attention: str | None = None  # such as 'flash_attention_2'; None: Transformers' choice
     left_out: Sequence[Sample] = ()  # what `fit_samples` left out, to be recorded
 
-# %% ../nbs/10_sft.ipynb #bc4898ae
+# %% ../nbs/10_sft.ipynb #62e263c3
 _PACKAGES = ("exprag", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
 def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a name on the hub
@@ -496,31 +496,32 @@ def train(model: str,  # as `model_path` takes it: 'nano', a directory, or a nam
         return report
     steps = plan_steps([s.supervised for s in samples], config)
     tokens, lengths = planned_tokens(steps, samples, config), [len(s) for s in samples]
-    done, checkpoint = _last_checkpoint(path)
-    _check_kept(path, wanted, _kept(path), done)
-    if _writes():
-        _write_inputs(path, model, samples, config, dev_samples, options.left_out)
-        kept = _read_losses(path, done if checkpoint else -1)
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        (path / "losses.jsonl").write_text(text, encoding="utf-8")
     batches = [m for step in steps for m in micro_batches(step, lengths, config.micro_batch)]
-    with torch_threads(options.threads) as used:
-        args = training_arguments(config, len(steps), path, options.report_to)
+    with alone_in(path) if _writes() else nullcontext():
+        done, checkpoint = _last_checkpoint(path)
+        _check_kept(path, wanted, _kept(path), done)
         if _writes():
-            add_runtime(path, _PACKAGES, threads=used, device=str(args.device), bfloat16=args.bf16,
-                        weights=config.weights, optimizer=config.optimizer,
-                        optimizer_asked=asked.optimizer, processes=args.world_size)
-        trainer = _make_trainer(
-            prepare_model(model, config, options.attention), args,
-            _bookkeeper(path, steps, tokens, config, dev_samples, options.progress, wanted),
-            [[samples[i] for i in batch] for batch in batches], loss_divisor(tokens, config))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish_run(path, trainer, tokens, epoch_ends(len(samples), config), threads=used,
-                resumed_from=done if checkpoint else None,
-                left_out=[str(s.task) for s in options.left_out],
-                shortened=[str(s.task) for s in samples if s.dropped])
-    trainer.accelerator.wait_for_everyone()
-    return RunReport.read(path)
+            _write_inputs(path, model, samples, config, dev_samples, options.left_out)
+            kept = map(json.dumps, _read_losses(path, done if checkpoint else -1))
+            text = "".join(f"{line}\n" for line in kept)
+            (path / "losses.jsonl").write_text(text, encoding="utf-8")
+        with torch_threads(options.threads) as used:
+            args = training_arguments(config, len(steps), path, options.report_to)
+            if _writes():
+                add_runtime(path, _PACKAGES, threads=used, device=str(args.device),
+                            bfloat16=args.bf16, weights=config.weights, optimizer=config.optimizer,
+                            optimizer_asked=asked.optimizer, processes=args.world_size)
+            trainer = _make_trainer(
+                prepare_model(model, config, options.attention), args,
+                _bookkeeper(path, steps, tokens, config, dev_samples, options.progress, wanted),
+                [[samples[i] for i in batch] for batch in batches], loss_divisor(tokens, config))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _finish_run(path, trainer, tokens, epoch_ends(len(samples), config), threads=used,
+                    resumed_from=done if checkpoint else None,
+                    left_out=[str(s.task) for s in options.left_out],
+                    shortened=[str(s.task) for s in samples if s.dropped])
+        trainer.accelerator.wait_for_everyone()
+        return RunReport.read(path)
 
 # %% ../nbs/10_sft.ipynb #434fe0c1
 def _make_trainer(model, args, callback, batches, divisor):

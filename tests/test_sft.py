@@ -15,7 +15,7 @@ from exprag.audit import Manifest
 from exprag.sft import (
     RunReport, _last_checkpoint, _read_losses, has_bfloat16, match_targets, model_fingerprint, prepare_model,
     run_name, torch_threads, train, training_arguments, training_manifest)
-from exprag.trajectory import Task
+from exprag.trajectory import Task, alone_in
 from sft_fixtures import tiny_model, toy_samples
 
 CONFIG = replace(CONFIGS["nano"], name="test", autocast=False, max_steps=12, batch=4, micro_batch=2, warmup=2, dropout=0.1, save_steps=5, dev_steps=6)
@@ -50,6 +50,16 @@ def test_run_directory_holds_what_is_promised(run, model_dir):
     assert report.computed == sum(len(samples[i]) for line in report.losses for i in line["samples"]) <= report.padded
     assert [step for step, _ in report.dev_losses] == [0, 6, 12]
     assert report.manifest.tasks == tuple(sorted(s.task for s in [*samples, *dev]))
+
+
+def test_two_trainings_of_one_run_do_not_write_over_each_other(run, model_dir, tmp_path):
+    """The second is told to wait, and changes nothing; a finished run is read whoever holds it."""
+    report, samples, dev = run
+    path = tmp_path/report.path.name
+    with alone_in(path), pytest.raises(BlockingIOError, match=f"another process is at work in {path}"):
+        train(model_dir, samples, CONFIG, tmp_path, dev, progress=False, threads=1)
+    assert list(path.iterdir()) == []
+    with alone_in(report.path): assert train(model_dir, samples, CONFIG, report.path.parent, dev).reused
 
 
 def test_a_processor_says_whether_it_has_bfloat16(monkeypatch):
