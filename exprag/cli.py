@@ -79,9 +79,9 @@ def _add_stages(commands) -> None:
             command.add_argument(f"--{option}", **settings)
         command.set_defaults(run=_run_stage, stage=stage)
 
-# %% ../nbs/21_command_line.ipynb #9a1fc3f1
+# %% ../nbs/21_command_line.ipynb #50429761
 _SIZES = {
-    "quick": "a small version: two task types, a dozen training steps",
+    "quick": "a small version: six task types, a dozen training steps",
     "wide": "a large version: up to five test episodes of each type, some four times the "
             "demonstrations and experiences"}
 _DEMO_OPTIONS = {
